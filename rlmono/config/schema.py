@@ -1,0 +1,239 @@
+"""The one typed, frozen configuration of a run.
+
+A field has one name, the name its users know from the flags; it is read from a `.env` file, from
+`RLMONO_<NAME>` or from `--<name>` (see `sources.py`). Sections are dataclasses that `Config` inherits,
+so every value has a flat name: `args.rollout_batch_size`.
+
+Words for batch sizes, used the same way everywhere:
+
+    prompt    one line of the prompt data
+    group     one prompt and its `n_samples_per_prompt` samples
+    rollout   `rollout_batch_size` groups, generated in one phase
+    step      one optimizer update over `global_batch_size` samples
+    pack      one micro-batch: whole samples, concatenated without padding (THD)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Mapping, Optional
+
+from rlmono.config.option import option
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a run lives, and what holds for all of it."""
+
+    run_dir: Optional[str] = option(None, "Folder of logs, metrics, the resolved config and the report. Default: runs/<time>.")
+    device: str = option("auto", "What device ranks compute on; auto takes the GPU where there is one.", choices=("auto", "cpu", "cuda"))
+    dtype: str = option("auto", "Training and rollout dtype; auto is bfloat16 on GPUs, float32 on CPUs.",
+                        choices=("auto", "float32", "bfloat16"))
+    seed: int = option(1234, "Seed of model initialisation and of every rank's generators.")
+    deterministic: bool = option(False, "Same run, same bits, also after a kill and resume (CPU): per-request sampling seeds, one thread.")
+    dry_run: bool = option(False, "Print and write the resolved config, the rank grid and the batch arithmetic; start nothing.")
+    start_timeout_s: float = option(900.0, "Deadline for all ranks to meet and build their engines and trainers.", minimum=1)
+    phase_timeout_s: float = option(7200.0, "Deadline for one phase: a whole rollout, train step, update or save.", minimum=1)
+    heartbeat_timeout_s: float = option(120.0, "A node or device rank that is silent for so long is taken for dead.", minimum=1)
+    debug_rollout_only: bool = option(False, "Generate only, never train.", later="rollout debugging")
+    debug_train_only: bool = option(False, "Train from saved rollout data, never generate.", later="rollout debugging")
+    save_debug_rollout_data: Optional[str] = option(None, "Write each rollout's samples to this path ({rollout_id}).", later="rollout debugging")
+    load_debug_rollout_data: Optional[str] = option(None, "Read rollouts from this path ({rollout_id}).", later="rollout debugging")
+    check_weight_update_equal: bool = option(False, "After every update compare the engine's weights with the trainer's export, bit for bit.")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which ranks train and which serve. Every node has one host rank besides its device ranks."""
+
+    colocate: bool = option(False, "Train and generate on the same devices, in turn.")
+    actor_num_nodes: int = option(1, "Nodes that train.", minimum=1)
+    actor_num_gpus_per_node: Optional[int] = option(None, "Training devices a node. Default: all device ranks, when colocated.", minimum=1)
+    rollout_num_gpus: Optional[int] = option(None, "Devices that only generate (without --colocate).", minimum=1)
+    rollout_num_gpus_per_engine: int = option(1, "Devices of one engine: its tensor-parallel size.", minimum=1)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights in, checkpoints out."""
+
+    hf_checkpoint: Optional[str] = option(None, "HF folder: config.json, tokenizer, and weights unless --load or --ref-load has them.")
+    ref_load: Optional[str] = option(None, "Weights of the reference, and of the actor at the very start: HF folder or torch_dist. Default: --hf-checkpoint.")
+    load: Optional[str] = option(None, "Folder of checkpoints to resume from; without a finished one, --ref-load is the start.")
+    save: Optional[str] = option(None, "Folder to write checkpoints to.")
+    save_interval: Optional[int] = option(None, "Save every so many rollouts (and after the last). Default: only after the last.", minimum=1)
+    save_hf: Optional[str] = option(None, "Also write HF safetensors with every save, to this path; {rollout_id} is filled in.")
+    async_save: bool = option(False, "Write checkpoints in the background.", later="asynchronous checkpoints")
+    no_load_optim: bool = option(False, "Load weights only; the optimizer starts fresh.")
+    finetune: bool = option(False, "Load weights only; optimizer, schedule and data start fresh at rollout 0.")
+
+
+@dataclass(frozen=True)
+class Data:
+    """Prompts."""
+
+    prompt_data: Optional[str] = option(None, "Prompt file: jsonl, one JSON object a line; `path@[a:b]` takes a slice.")
+    input_key: str = option("input", "Key of the prompt: a string, or a list of OpenAI messages.")
+    label_key: Optional[str] = option(None, "Key of the label, for the reward.")
+    metadata_key: str = option("metadata", "Key of a sample's metadata (a JSON object).")
+    tool_key: Optional[str] = option(None, "Key of the tools for the chat template.")
+    apply_chat_template: bool = option(False, "Render prompts with the tokenizer's chat template.")
+    rollout_shuffle: bool = option(False, "Shuffle prompts each epoch, by rollout_seed + epoch.")
+    rollout_seed: int = option(42, "Seed of prompt order and of sampling.")
+    rollout_max_prompt_len: Optional[int] = option(None, "Prompts with more tokens are dropped at load (counted).", minimum=1)
+    skip_bad_rows: bool = option(False, "Count and list bad lines of the prompt file instead of refusing it.")
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Generation."""
+
+    num_rollout: Optional[int] = option(None, "How many rollouts to run; wins over --num-epoch.", minimum=1)
+    num_epoch: Optional[int] = option(None, "How many times to go through the prompts.", minimum=1)
+    rollout_batch_size: int = option(32, "Prompts (groups) a rollout.", minimum=1)
+    n_samples_per_prompt: int = option(1, "Samples a prompt.", minimum=1)
+    rollout_temperature: float = option(1.0, "Sampling temperature; logits are divided by it in training too.", minimum=1e-6)
+    rollout_top_p: float = option(1.0, "Nucleus sampling. Below 1 the training ratio is wrong (a warning says so).", minimum=0.0, maximum=1.0)
+    rollout_top_k: int = option(-1, "Top-k sampling; -1 is off. Otherwise the training ratio is wrong (a warning says so).", minimum=-1)
+    rollout_max_response_len: int = option(1024, "New tokens a response at most.", minimum=1)
+    rollout_max_context_len: Optional[int] = option(None, "Prompt and response together at most. Default: the model's.", minimum=1)
+    rollout_stop: Optional[tuple[str, ...]] = option(None, "Strings that end a response.")
+    rollout_stop_token_ids: Optional[tuple[int, ...]] = option(None, "Token ids that end a response, besides the model's end-of-sequence ids.")
+    rollout_skip_special_tokens: bool = option(False, "Leave special tokens out of the text that rewards see.")
+    sglang_server_concurrency: int = option(512, "Requests in flight at one engine at most.", minimum=1)
+    custom_generate_function_path: Optional[str] = option(None, "`module.function`: async (args, sample, sampling_params) -> sample.")
+    over_sampling_batch_size: Optional[int] = option(None, "Prompts to submit at once for dynamic sampling.", minimum=1, later="dynamic sampling")
+    dynamic_sampling_filter_path: Optional[str] = option(None, "`module.function` (args, samples, **kw) that keeps or drops a group.", later="dynamic sampling")
+    partial_rollout: bool = option(False, "Keep aborted samples for the next rollout.", later="partial rollout")
+    mask_offpolicy_in_partial_rollout: bool = option(False, "Do not train on tokens of an older policy.", later="partial rollout")
+    buffer_filter_path: Optional[str] = option(None, "`module.function` that takes groups out of the data buffer.", later="partial rollout")
+
+
+@dataclass(frozen=True)
+class Reward:
+    """Rewards; they run in worker processes of the host rank."""
+
+    rm_type: Optional[str] = option(None, "Reward by name.", choices=("deepscaler", "math"))
+    custom_rm_path: Optional[str] = option(None, "`module.function` or `file.py:function`: (args, sample, **kw) -> float or dict.")
+    reward_key: Optional[str] = option(None, "Key of the number when the reward is a dict.")
+    group_rm: bool = option(False, "Call the reward once a group.", later="group rewards")
+    reward_timeout_s: float = option(30.0, "Deadline of one reward; a slower one counts as failed, with reward 0.", minimum=0.01)
+    reward_workers: int = option(1, "Worker processes for rewards on each host rank.", minimum=1)
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Evaluation: before training, at intervals, and at the end."""
+
+    eval_interval: Optional[int] = option(None, "Evaluate every so many rollouts.", minimum=1)
+    eval_prompt_data: Optional[tuple[str, ...]] = option(None, "name path [name path …]; a path alone takes the file's name.")
+    eval_config: Optional[str] = option(None, "YAML with one entry a set, and overrides.", later="eval configs")
+    eval_input_key: Optional[str] = option(None, "Default: --input-key.")
+    eval_label_key: Optional[str] = option(None, "Default: --label-key.")
+    n_samples_per_eval_prompt: int = option(1, "Samples a prompt.", minimum=1)
+    eval_temperature: Optional[float] = option(None, "Default: the rollout's. 0 is greedy.", minimum=0.0)
+    eval_top_p: Optional[float] = option(None, "Default: the rollout's.", minimum=0.0, maximum=1.0)
+    eval_top_k: Optional[int] = option(None, "Default: the rollout's.", minimum=-1)
+    eval_max_response_len: Optional[int] = option(None, "Default: the rollout's.", minimum=1)
+    skip_eval_before_train: bool = option(False, "No evaluation before the first rollout.")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """From samples to steps and packs."""
+
+    global_batch_size: Optional[int] = option(None, "Samples a step. Default: rollout_batch_size * n_samples_per_prompt / num_steps_per_rollout.", minimum=1)
+    num_steps_per_rollout: Optional[int] = option(None, "Optimizer steps a rollout. Default: from --global-batch-size, or 1.", minimum=1)
+    micro_batch_size: int = option(1, "Samples a pack without --use-dynamic-batch-size.", minimum=1)
+    use_dynamic_batch_size: bool = option(False, "Fill packs up to --max-tokens-per-gpu; loss and gradients stay the same.")
+    max_tokens_per_gpu: Optional[int] = option(None, "Tokens a pack (times context-parallel size); a longer sample is a pack of its own.", minimum=1)
+    balance_data: bool = option(False, "Deal packs to data-parallel ranks by estimated FLOPs (Karmarkar-Karp).")
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """Losses and advantages; `docs/semantics` of each stands beside its function in rlmono/trainer."""
+
+    loss_type: str = option("policy_loss", "policy_loss trains on samples of the policy; sft on the data's own answers.", choices=("policy_loss", "sft"))
+    advantage_estimator: str = option("grpo", "How advantages are made from rewards.",
+                                      choices=("grpo", "gspo", "cispo", "rloo", "dr_grpo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "ppo"))
+    disable_grpo_std_normalization: bool = option(False, "Advantages are r - mean, without the division by the group's std.")
+    disable_rewards_normalization: bool = option(False, "Advantages are the rewards themselves.")
+    eps_clip: float = option(0.2, "PPO clip range below 1.", minimum=0.0)
+    eps_clip_high: Optional[float] = option(None, "PPO clip range above 1. Default: --eps-clip.", minimum=0.0)
+    eps_clip_c: Optional[float] = option(None, "Dual clip for negative advantages: the loss is at most c * |A|.", above=1.0)
+    kl_coef: float = option(0.0, "KL penalty in the reward.", minimum=0.0)
+    use_kl_loss: bool = option(False, "KL to the reference in the loss; loads the reference (at coefficient 0 its KL is reported).")
+    kl_loss_coef: float = option(0.0, "Coefficient of the KL loss.", minimum=0.0)
+    kl_loss_type: str = option("k1", "Estimator of the KL (Schulman 2020).", choices=("k1", "k2", "k3", "low_var_kl"))
+    entropy_coef: float = option(0.0, "Coefficient of the entropy bonus.", minimum=0.0)
+    calculate_per_token_loss: bool = option(False, "Mean over the step's tokens instead of the mean of per-sample means.")
+    use_rollout_logprobs: bool = option(False, "Ratio against the engine's logprobs instead of recomputed ones.")
+    use_tis: bool = option(False, "Truncated importance sampling for the train/rollout mismatch.", later="off-policy corrections")
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """Megatron's layout of the training ranks."""
+
+    tensor_model_parallel_size: int = option(1, "Tensor parallel.", minimum=1)
+    sequence_parallel: bool = option(False, "Sequence parallel in the norms, with tensor parallel.")
+    pipeline_model_parallel_size: int = option(1, "Pipeline parallel.", minimum=1, later_above=(1, "pipeline parallel training"))
+    virtual_pipeline_model_parallel_size: Optional[int] = option(None, "Model chunks a pipeline stage.", minimum=1, later="pipeline parallel training")
+    decoder_first_pipeline_num_layers: Optional[int] = option(None, "Layers of the first stage.", minimum=1, later="pipeline parallel training")
+    decoder_last_pipeline_num_layers: Optional[int] = option(None, "Layers of the last stage.", minimum=1, later="pipeline parallel training")
+    context_parallel_size: int = option(1, "Context parallel.", minimum=1, later_above=(1, "context parallel training"))
+    expert_model_parallel_size: int = option(1, "Expert parallel.", minimum=1, later_above=(1, "mixture-of-experts training"))
+    expert_tensor_parallel_size: Optional[int] = option(None, "Tensor parallel of the experts.", minimum=1, later_above=(1, "mixture-of-experts training"))
+    recompute_granularity: Optional[str] = option(None, "Recompute activations in the backward pass.", choices=("full", "selective"))
+    recompute_method: Optional[str] = option(None, "With full recompute.", choices=("uniform", "block"))
+    recompute_num_layers: Optional[int] = option(None, "With full recompute.", minimum=1)
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """Adam and its schedule, over Megatron's distributed optimizer."""
+
+    optimizer: str = option("adam", "The optimizer.", choices=("adam",))
+    lr: float = option(1e-6, "Peak learning rate.", minimum=0.0)
+    min_lr: float = option(0.0, "Final learning rate of a decay.", minimum=0.0)
+    lr_decay_style: str = option("constant", "Shape of the schedule.", choices=("constant", "linear", "cosine", "inverse-square-root"))
+    lr_warmup_iters: int = option(0, "Steps of linear warm-up.", minimum=0)
+    lr_decay_iters: Optional[int] = option(None, "Steps until min_lr. Default: all steps of the run.", minimum=1)
+    weight_decay: float = option(0.01, "Decoupled weight decay.", minimum=0.0)
+    adam_beta1: float = option(0.9, "", minimum=0.0, below=1.0)
+    adam_beta2: float = option(0.999, "", minimum=0.0, below=1.0)
+    adam_eps: float = option(1e-8, "", above=0.0)
+    clip_grad: float = option(1.0, "Largest global gradient norm; 0 is off.", minimum=0.0)
+    optimizer_cpu_offload: bool = option(False, "Adam in host memory.", later="CPU Adam")
+    overlap_cpu_optimizer_d2h_h2d: bool = option(False, "With --optimizer-cpu-offload.", later="CPU Adam")
+    use_precision_aware_optimizer: bool = option(False, "Adam states in lower precision.", later="CPU Adam")
+
+
+@dataclass(frozen=True)
+class Observe:
+    """Metrics and trackers."""
+
+    use_tensorboard: bool = option(False, "Write TensorBoard events to <run_dir>/tensorboard.")
+    use_wandb: bool = option(False, "Log to Weights & Biases; offline where there is no network (WANDB_MODE).")
+    wandb_project: str = option("rlmono", "")
+    wandb_group: Optional[str] = option(None, "")
+    wandb_name: Optional[str] = option(None, "")
+    log_samples: int = option(4, "Samples of each rollout and evaluation to write as readable text.", minimum=0)
+    progress: str = option("auto", "Live progress on the controller's console; auto is rich on a terminal, plain lines elsewhere.",
+                           choices=("auto", "rich", "plain", "none"))
+
+
+SECTIONS = (Run, Placement, Checkpoint, Data, Rollout, Reward, Eval, Batch, Algorithm, Parallel, Optimizer, Observe)
+
+
+@dataclass(frozen=True)
+class Config(Run, Placement, Checkpoint, Data, Rollout, Reward, Eval, Batch, Algorithm, Parallel, Optimizer, Observe):
+    """All sections, flat. `model` is the shape (from the HF config, with overrides); `sglang` and `megatron` are
+    the arguments that go through by name; `origin` says where each value came from."""
+
+    model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    sglang: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    megatron: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    origin: Mapping[str, str] = dataclasses.field(default_factory=dict)

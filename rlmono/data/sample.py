@@ -1,0 +1,51 @@
+"""`Sample`: one prompt with one response; `Group`: the samples of one prompt."""
+
+from __future__ import annotations
+
+from typing import Any, Optional, Union
+
+import msgspec
+
+PENDING, COMPLETED, TRUNCATED, ABORTED, FAILED = "pending", "completed", "truncated", "aborted", "failed"
+
+
+class Sample(msgspec.Struct, omit_defaults=True):
+    """One response to one prompt; mutable, and small enough to send whole.
+
+    `tokens` is prompt and response together (ids); the last `response_length` of them are the response, and
+    `rollout_log_probs`, `loss_mask` and `weight_versions` have one entry for each of those. `loss_mask` is None
+    where the model wrote every token. `reward` is what the reward function gave; a dict needs `--reward-key`.
+    """
+
+    index: int = 0
+    """Number of the sample, counted over the whole run in submission order."""
+    group_index: int = 0
+    """Number of the prompt, likewise."""
+    prompt: Union[str, list[dict[str, Any]]] = ""
+    tokens: list[int] = []
+    response: str = ""
+    response_length: int = 0
+    label: Any = None
+    reward: Union[None, float, dict[str, Any]] = None
+    loss_mask: Optional[list[int]] = None
+    rollout_log_probs: Optional[list[float]] = None
+    weight_versions: Optional[list[int]] = None
+    status: str = PENDING
+    metadata: dict[str, Any] = {}
+    tools: Optional[list[dict[str, Any]]] = None
+    remarks: list[str] = []
+    """Counted, named outcomes that are worth a line in the metrics: `reward_timeout`, `reward_error`, …"""
+
+    def get_reward_value(self, args: Any) -> float:
+        """The reward as a number: itself, or its `--reward-key` entry."""
+        value = self.reward[args.reward_key] if isinstance(self.reward, dict) else self.reward
+        if value is None:
+            raise ValueError(f"sample {self.index} has no reward yet")
+        return float(value)
+
+    @property
+    def prompt_length(self) -> int:
+        return len(self.tokens) - self.response_length
+
+
+Group = list[Sample]
