@@ -22,6 +22,9 @@ from typing import Any, Mapping, Optional
 from rlmono.config.option import option
 
 
+OTHER_ESTIMATORS = ("gspo", "cispo", "rloo", "dr_grpo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "ppo")
+
+
 @dataclass(frozen=True)
 class Run:
     """Where a run lives, and what holds for all of it."""
@@ -157,7 +160,7 @@ class Algorithm:
 
     loss_type: str = option("policy_loss", "policy_loss trains on samples of the policy; sft on the data's own answers.", choices=("policy_loss", "sft"))
     advantage_estimator: str = option("grpo", "How advantages are made from rewards.",
-                                      choices=("grpo", "gspo", "cispo", "rloo", "dr_grpo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "ppo"))
+                                      choices=("grpo", *OTHER_ESTIMATORS), later_choices={name: f"advantage estimator {name}" for name in OTHER_ESTIMATORS})
     disable_grpo_std_normalization: bool = option(False, "Advantages are r - mean, without the division by the group's std.")
     disable_rewards_normalization: bool = option(False, "Advantages are the rewards themselves.")
     eps_clip: float = option(0.2, "PPO clip range below 1.", minimum=0.0)
@@ -202,9 +205,9 @@ class Optimizer:
     lr_warmup_iters: int = option(0, "Steps of linear warm-up.", minimum=0)
     lr_decay_iters: Optional[int] = option(None, "Steps until min_lr. Default: all steps of the run.", minimum=1)
     weight_decay: float = option(0.01, "Decoupled weight decay.", minimum=0.0)
-    adam_beta1: float = option(0.9, "", minimum=0.0, below=1.0)
-    adam_beta2: float = option(0.999, "", minimum=0.0, below=1.0)
-    adam_eps: float = option(1e-8, "", above=0.0)
+    adam_beta1: float = option(0.9, "Decay of Adam's first moment.", minimum=0.0, below=1.0)
+    adam_beta2: float = option(0.999, "Decay of Adam's second moment.", minimum=0.0, below=1.0)
+    adam_eps: float = option(1e-8, "Term in Adam's denominator.", above=0.0)
     clip_grad: float = option(1.0, "Largest global gradient norm; 0 is off.", minimum=0.0)
     optimizer_cpu_offload: bool = option(False, "Adam in host memory.", later="CPU Adam")
     overlap_cpu_optimizer_d2h_h2d: bool = option(False, "With --optimizer-cpu-offload.", later="CPU Adam")
@@ -217,9 +220,9 @@ class Observe:
 
     use_tensorboard: bool = option(False, "Write TensorBoard events to <run_dir>/tensorboard.")
     use_wandb: bool = option(False, "Log to Weights & Biases; offline where there is no network (WANDB_MODE).")
-    wandb_project: str = option("rlmono", "")
-    wandb_group: Optional[str] = option(None, "")
-    wandb_name: Optional[str] = option(None, "")
+    wandb_project: str = option("rlmono", "Project at Weights & Biases.")
+    wandb_group: Optional[str] = option(None, "Group at Weights & Biases.")
+    wandb_name: Optional[str] = option(None, "Name of the run at Weights & Biases. Default: the run directory's name.")
     log_samples: int = option(4, "Samples of each rollout and evaluation to write as readable text.", minimum=0)
     progress: str = option("auto", "Live progress on the controller's console; auto is rich on a terminal, plain lines elsewhere.",
                            choices=("auto", "rich", "plain", "none"))
@@ -231,9 +234,11 @@ SECTIONS = (Run, Placement, Checkpoint, Data, Rollout, Reward, Eval, Batch, Algo
 @dataclass(frozen=True)
 class Config(Run, Placement, Checkpoint, Data, Rollout, Reward, Eval, Batch, Algorithm, Parallel, Optimizer, Observe):
     """All sections, flat. `model` is the shape (from the HF config, with overrides); `sglang` and `megatron` are
-    the arguments that go through by name; `origin` says where each value came from."""
+    the arguments that go through by name. `origin` says where each value came from, by its flat name or as `model.x`,
+    `sglang.x`, `megatron.x`; `notes` is what was translated, ignored or is worth a warning."""
 
     model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     sglang: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     megatron: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     origin: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()

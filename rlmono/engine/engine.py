@@ -1,0 +1,182 @@
+"""SGLang's scheduler in this rank.
+
+    engine.serve()              read requests from the host's socket and answer them, until it says EndPhase
+    engine.load_weights(...)    HF-named full tensors into the engine's parameters, in this process
+    engine.weight_version       the version that samples are marked with
+
+Only the first rank of an engine holds the host's socket; SGLang itself hands requests to its tensor-parallel peers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from typing import Any, Iterable, Optional, Sequence
+
+import torch
+import torch.distributed as dist
+
+from rlmono.config.schema import Config
+from rlmono.engine import compat
+from rlmono.engine.invariant import BatchInvariant
+from rlmono.engine.rng import EngineRng
+from rlmono.world.channel import HostLink
+from rlmono.world.messages import Abort, EndPhase, Generate, Output, Outputs
+
+log = logging.getLogger(__name__)
+
+
+class Engine:
+    """One rank of one engine. Building it is collective over the pool.
+
+    `engines` lists the pool ranks of every engine; `link` is the socket to this node's host.
+    """
+
+    def __init__(self, config: Config, engines: Sequence[Sequence[int]], local_rank: int, device: str, dtype: str, link: HostLink,
+                 memory_saver: bool = False):
+        compat.check_version()
+        compat.prepare_cpu()
+        from rlmono.engine.arguments import server_args
+        from rlmono.engine.groups import make_groups
+
+        rank = dist.get_rank()
+        self.ranks = next(e for e in engines if rank in e)
+        self.is_first = rank == self.ranks[0]
+        self.weight_version = 0
+        self._traffic = _Traffic(self, link)
+        compat.override(self._traffic.make_channels, self._traffic.pull)
+        self.args = server_args(config, device=device, dtype=dtype, memory_saver=memory_saver)
+        make_groups(engines, self.args, local_rank, "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+        self.scheduler = self._build_scheduler(local_rank)
+        if config.deterministic and device == "cpu":
+            # On CPU its constructor refuses torch_native, and its batch-invariant kernels are for GPUs; torch's CPU
+            # kernels don't let a row depend on the batch, so all that is missing is that seeds are heeded.
+            from sglang.srt.runtime_context import get_server_args
+            get_server_args().enable_deterministic_inference = True
+        # The ranks of an engine must draw the same numbers, and other engines others.
+        self.rng = EngineRng(config.rollout_seed + 7919 * self.ranks[0])
+        self._batch_invariant = config.deterministic and device == "cpu"
+
+    def _build_scheduler(self, local_rank: int) -> Any:
+        from sglang.srt.managers.scheduler import Scheduler
+        from sglang.srt.server_args import PortArgs
+
+        ports = PortArgs.init_new(self.args)
+        return Scheduler(self.args, ports, gpu_id=local_rank, tp_rank=self.ranks.index(dist.get_rank()), moe_ep_rank=0, pp_rank=0,
+                         attn_cp_rank=0, moe_dp_rank=0, dp_rank=None)
+
+    def serve(self) -> None:
+        """One phase: answer requests until EndPhase, which the host sends after the last answer."""
+        self.scheduler.gracefully_exit = False
+        with self.rng, BatchInvariant() if self._batch_invariant else contextlib.nullcontext():
+            self.scheduler.run_event_loop()
+
+    @torch.inference_mode()
+    def load_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Copy full tensors with HF names into this rank's parameters; SGLang cuts its own shard. The engine must be idle."""
+        self.scheduler.tp_worker.model_runner.model.load_weights(named_tensors)
+
+    def finish_update(self, version: int) -> None:
+        """After the last `load_weights` of an update: drop what the old weights cached, and mark new samples with `version`."""
+        self.drain()
+        if not self.scheduler.flush_cache(empty_cache=False):
+            raise RuntimeError("the engine still has requests after an update: its cache holds prefixes of the old weights")
+        self.weight_version = version
+
+    @torch.inference_mode()
+    def drain(self) -> None:
+        """Step until SGLang has let go of its finished requests (one step after the last answer)."""
+        s = self.scheduler
+        if s.enable_overlap and not hasattr(s, "result_queue"):
+            s.result_queue = []         # made by the first loop; is_fully_idle reads it
+        for _ in range(8):
+            if s.is_fully_idle():
+                return
+            plan = s.get_next_batch_to_run(running_batch=s.running_batch, last_batch=s.last_batch)
+            s.running_batch, s.last_batch = plan.running_batch, plan.batch_to_run
+            if plan.batch_to_run is not None:
+                raise RuntimeError("the engine still generates after its phase has ended")
+        raise RuntimeError("the engine does not become idle after its phase has ended")
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """The engine's own parameters, by its names; for checks."""
+        return dict(self.scheduler.tp_worker.model_runner.model.named_parameters())
+
+
+class _Traffic:
+    """Between our socket and SGLang's scheduler: its request receiver and its two senders."""
+
+    def __init__(self, engine: Engine, link: HostLink):
+        self._engine, self._link = engine, link
+        self._partial: dict[str, tuple[list[int], list[float]]] = {}
+
+    def make_channels(self, *, is_rank_zero: bool, **_: Any) -> Any:
+        """Stands for SchedulerIpcChannels.create."""
+        from sglang.srt.managers.scheduler_components.ipc_channels import SchedulerIpcChannels
+        sock = self._link.socket if is_rank_zero else None
+        return SchedulerIpcChannels(recv_from_tokenizer=sock, recv_from_rpc=sock, send_to_tokenizer=self, send_to_detokenizer=self,
+                                    send_metrics_from_scheduler=None)
+
+    def pull(self, receiver: Any) -> Optional[list[Any]]:
+        """Stands for SchedulerRequestReceiver._pull_raw_reqs: all messages that have come, as SGLang's requests."""
+        if not self._engine.is_first:
+            return None
+        requests = []
+        while not receiver.recv_limit_reached(len(requests)):
+            message = self._link.receive_now()
+            if message is None:
+                break
+            requests.append(self._to_sglang(message))
+            if isinstance(message, EndPhase):       # what follows is for the next phase
+                break
+        return requests
+
+    def _to_sglang(self, message: Any) -> Any:
+        from sglang.srt.managers.io_struct import AbortReq, ShutdownReq
+        if isinstance(message, Generate):
+            return _generate_request(message)
+        if isinstance(message, Abort):
+            return AbortReq(rid=message.rid, abort_all=not message.rid)
+        if isinstance(message, EndPhase):
+            return ShutdownReq()
+        raise RuntimeError(f"an engine that serves does not expect {type(message).__name__}")
+
+    def send_output(self, output: Any, recv_obj: Any = None) -> None:
+        """Stands for SenderWrapper.send_output. SGLang also sends parts of long responses: they are put together here."""
+        if not self._engine.is_first:
+            return
+        from sglang.srt.managers.io_struct import AbortReq, BatchTokenIDOutput
+        if isinstance(output, BatchTokenIDOutput):
+            items = [item for i in range(len(output.rids)) if (item := self._finished(output, i)) is not None]
+        elif isinstance(output, AbortReq):          # it was still queued: nothing was generated
+            items = [Output(output.rid, [], [], "abort", self._engine.weight_version)]
+        else:
+            return
+        if items:
+            self._link.send(Outputs(items))
+
+    def _finished(self, batch: Any, i: int) -> Optional[Output]:
+        rid = batch.rids[i]
+        ids, log_probs = self._partial.setdefault(rid, ([], []))
+        ids.extend(batch.output_ids[i])
+        log_probs.extend(batch.output_token_logprobs_val[i])
+        reason = batch.finished_reasons[i]
+        if reason is None:
+            return None
+        del self._partial[rid]
+        return Output(rid, ids, log_probs[:len(ids)], reason["type"], self._engine.weight_version, batch.cached_tokens[i])
+
+
+def _generate_request(message: Generate) -> Any:
+    from array import array
+
+    from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
+    from sglang.srt.sampling.sampling_params import SamplingParams
+    s = message.sampling
+    params = SamplingParams(max_new_tokens=s.max_new_tokens, temperature=s.temperature, top_p=s.top_p, top_k=s.top_k,
+                            stop_token_ids=list(s.stop_token_ids) or None, ignore_eos=s.ignore_eos, sampling_seed=s.seed)
+    params.normalize(None)
+    params.verify(1 << 30)
+    return TokenizedGenerateReqInput(
+        rid=message.rid, input_text=None, input_ids=array("q", message.input_ids), input_embeds=None, mm_inputs=None, token_type_ids=None,
+        sampling_params=params, return_logprob=True, logprob_start_len=-1, top_logprobs_num=0, token_ids_logprob=None, stream=False)

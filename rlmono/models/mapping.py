@@ -1,0 +1,116 @@
+"""How one Megatron parameter is made of HF tensors, back, and cut over tensor-parallel ranks.
+
+Each kind is a pair of pure functions on full tensors (`to_megatron`, `to_hf`) and a pair on shards (`shard`, `join`), so
+that `join([shard(x, r, n) for r in range(n)]) == x` and `to_hf(to_megatron(parts)) == parts`. Megatron's words: a
+column-parallel linear cuts the output dimension, which is dimension 0 of the weight; a row-parallel one the input.
+The kinds are named for what they do to the weight as torch stores it: `Rows` cuts dimension 0, `Columns` dimension 1.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Mapping, Sequence
+
+import torch
+
+
+class Tensor:
+    """One Megatron parameter (`name`) and the HF tensors (`hf_names`) that hold the same numbers."""
+
+    def __init__(self, name: str, *hf_names: str):
+        self.name, self.hf_names = name, hf_names
+
+    def to_megatron(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Full HF tensors, in the order of `hf_names` -> the full Megatron tensor."""
+        return parts[0]
+
+    def to_hf(self, full: torch.Tensor) -> list[torch.Tensor]:
+        """The full Megatron tensor -> full HF tensors, views where that is possible."""
+        return [full]
+
+    def shard(self, full: torch.Tensor, rank: int, size: int) -> torch.Tensor:
+        """The part of tensor-parallel rank `rank` of `size`."""
+        raise NotImplementedError
+
+    def join(self, shards: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The full tensor from the parts of all ranks, in order."""
+        raise NotImplementedError
+
+    @property
+    def replicated(self) -> bool:
+        return False
+
+
+class Replicated(Tensor):
+    """The same on every tensor-parallel rank: norms."""
+
+    def shard(self, full: torch.Tensor, rank: int, size: int) -> torch.Tensor:
+        return full
+
+    def join(self, shards: Sequence[torch.Tensor]) -> torch.Tensor:
+        return shards[0]
+
+    @property
+    def replicated(self) -> bool:
+        return True
+
+
+class Rows(Tensor):
+    """Cut along dimension 0. Megatron pads vocabularies to a multiple of the ranks; `shard` pads with zeros, and the
+    exporter cuts the joined tensor to the HF length."""
+
+    def shard(self, full: torch.Tensor, rank: int, size: int) -> torch.Tensor:
+        short = -full.shape[0] % size
+        if short:
+            full = torch.cat([full, full.new_zeros(short, *full.shape[1:])])
+        return full.chunk(size)[rank]
+
+    def join(self, shards: Sequence[torch.Tensor]) -> torch.Tensor:
+        return torch.cat(list(shards)) if len(shards) > 1 else shards[0]
+
+
+class Columns(Tensor):
+    """Cut along dimension 1."""
+
+    def shard(self, full: torch.Tensor, rank: int, size: int) -> torch.Tensor:
+        return full.chunk(size, 1)[rank]
+
+    def join(self, shards: Sequence[torch.Tensor]) -> torch.Tensor:
+        return torch.cat(list(shards), 1) if len(shards) > 1 else shards[0]
+
+
+class QkvRows(Rows):
+    """Query, key and value, row-wise by query group: [queries of group 0 | key 0 | value 0 | queries of group 1 | …].
+    So a cut along dimension 0 gives each rank whole groups."""
+
+    def __init__(self, name: str, *hf_names: str, shape: Mapping[str, Any]):
+        super().__init__(name, *hf_names)
+        self.groups, self.dim = shape["num_query_groups"], shape["kv_channels"]
+        self.queries = shape["num_attention_heads"] // self.groups
+
+    def to_megatron(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        tail = parts[0].shape[1:]
+        return torch.cat([p.reshape(self.groups, -1, *tail) for p in parts], 1).reshape(-1, *tail)
+
+    def to_hf(self, full: torch.Tensor) -> list[torch.Tensor]:
+        tail, q = full.shape[1:], self.queries * self.dim
+        grouped = full.reshape(self.groups, -1, *tail)
+        return [x.reshape(-1, *tail) for x in (grouped[:, :q], grouped[:, q:q + self.dim], grouped[:, q + self.dim:])]
+
+
+class GatedRows(Tensor):
+    """The gate and up projections of a gated MLP, one above the other; each is cut along dimension 0 for itself."""
+
+    def to_megatron(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        return torch.cat(list(parts))
+
+    def to_hf(self, full: torch.Tensor) -> list[torch.Tensor]:
+        return list(full.chunk(2))
+
+    def shard(self, full: torch.Tensor, rank: int, size: int) -> torch.Tensor:
+        return torch.cat([half.chunk(size)[rank] for half in full.chunk(2)]) if size > 1 else full
+
+    def join(self, shards: Sequence[torch.Tensor]) -> torch.Tensor:
+        if len(shards) == 1:
+            return shards[0]
+        halves = [s.chunk(2) for s in shards]
+        return torch.cat([h[i] for i in (0, 1) for h in halves])

@@ -1,0 +1,30 @@
+"""The model families that rlmono knows, by the architecture that config.json names."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any, Mapping
+
+FAMILIES = {"Qwen3ForCausalLM": "rlmono.models.qwen3"}
+
+
+def family(architecture: str) -> ModuleType:
+    """The family's module; raises ValueError that lists the known ones."""
+    import importlib
+    if architecture not in FAMILIES:
+        raise ValueError(f"architecture {architecture!r} is not known; known: {', '.join(sorted(FAMILIES))}")
+    return importlib.import_module(FAMILIES[architecture])
+
+
+def shape_from_hf(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """The shape of the model that an HF config.json describes, by Megatron's names, with its `architecture`.
+
+    Raises ValueError for an unknown architecture or a config that lacks a value.
+    """
+    names = hf.get("architectures") or []
+    if len(names) != 1:
+        raise ValueError(f"config.json: `architectures` must name one architecture, but is {names!r}")
+    try:
+        return {"architecture": names[0], **family(names[0]).shape_from_hf(hf)}
+    except KeyError as e:
+        raise ValueError(f"config.json: {e.args[0]!r} is missing ({names[0]})") from None

@@ -1,0 +1,154 @@
+"""What must be overridden for megatron-core 0.16.1 without Transformer Engine, each with its reason.
+
+`prepare()` before the first import of megatron.core. One part is for any machine that lacks Transformer Engine; the
+other lets Megatron's code, written for GPUs, run on CPU and gloo, and does nothing where CUDA is present.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.metadata
+import logging
+from typing import Any, Callable
+
+import torch
+import torch.distributed as dist
+
+TESTED = "0.16.1"
+_CPU = torch.device("cpu")
+_done = False
+
+
+def prepare() -> None:
+    """Check the version and install the overrides, once. Raises ImportError for another megatron-core."""
+    global _done
+    if _done:
+        return
+    _check_version()
+    if not torch.cuda.is_available():
+        _before_import_on_cpu()
+    _without_transformer_engine()
+    if not torch.cuda.is_available():
+        _after_import_on_cpu()
+    _done = True
+
+
+def _check_version() -> None:
+    try:
+        found = importlib.metadata.version("megatron-core")
+    except importlib.metadata.PackageNotFoundError:
+        raise ImportError(f"megatron-core is not installed; install megatron-core=={TESTED} (launch/install.sh does).") from None
+    if found != TESTED:
+        raise ImportError(f"megatron-core {found} is installed, but rlmono was tested with {TESTED} and relies on its internals: "
+                          f"pip install megatron-core=={TESTED}")
+
+
+def _without_transformer_engine() -> None:
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+    import megatron.core.transformer.multi_latent_attention as mla
+    import megatron.core.utils as utils
+    from packaging.version import Version
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None            # the router reads the name
+    if not isinstance(mla.TELinear, type):
+        mla.HAVE_TE = False                         # isinstance(x, MagicMock) raises
+    if utils.get_te_version() is None:
+        utils._te_version = Version("0.0.0")        # None >= Version raises
+
+
+# ---------------------------------------------------------------- CPU and gloo
+
+class _Stream:
+    """CPU work is done when it returns: streams and events have nothing to wait for."""
+
+    def __init__(self, *_: Any, **__: Any):
+        pass
+
+    def wait_stream(self, *_: Any) -> None: ...
+    def wait_event(self, *_: Any) -> None: ...
+    def wait(self, *_: Any) -> None: ...
+    def record(self, *_: Any) -> None: ...
+    def synchronize(self) -> None: ...
+
+    def record_event(self, *_: Any) -> _Stream:
+        return _Stream()
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, _: Any) -> float:
+        return 0.0
+
+
+def _before_import_on_cpu() -> None:
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: _CPU              # device of every buffer that Megatron makes
+    cuda.set_device = lambda *_: None
+    cuda.device_count = lambda: 1
+    cuda.synchronize = lambda *_, **__: None
+    cuda.Stream = cuda.Event = _Stream
+    cuda.current_stream = cuda.default_stream = lambda *_, **__: _Stream()
+    cuda.stream = lambda _: contextlib.nullcontext()
+    cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *_, **__: None
+    cuda.manual_seed = torch.default_generator.manual_seed      # torch.manual_seed would call back
+    cuda.get_rng_state = cuda.random.get_rng_state = lambda *_, **__: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    tensor: Any = torch.Tensor
+    tensor.record_stream = lambda self, _: None
+    tensor.cuda = tensor.pin_memory = lambda self, *_, **__: self
+    torch.nn.Module.cuda = lambda self, *_, **__: self          # type: ignore[method-assign,assignment]
+    for name in ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "randint", "linspace", "as_tensor",
+                 "zeros_like", "ones_like", "empty_like", "full_like"):
+        setattr(torch, name, _on_cpu(getattr(torch, name)))     # device="cuda" is written out in clip_grads, optimizer, schedules
+    tensor.to = _to_cpu(tensor.to)
+    tensor.type = _as_if_cuda(tensor.type)
+
+
+def _is_cuda(device: Any) -> bool:
+    return device is not None and (type(device) is int or "cuda" in str(device))
+
+
+def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(factory)
+    def made(*args: Any, **kwargs: Any) -> Any:
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = _CPU
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        return factory(*args, **kwargs)
+    return made
+
+
+def _to_cpu(to: Callable[..., Any]) -> Callable[..., Any]:
+    def moved(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if args and isinstance(args[0], (str, int, torch.device)) and _is_cuda(args[0]):
+            args = (_CPU, *args[1:])
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = _CPU
+        return to(self, *args, **kwargs)
+    return moved
+
+
+def _as_if_cuda(type_of: Callable[..., Any]) -> Callable[..., Any]:
+    """The optimizer sorts parameters by `.type() == 'torch.cuda.FloatTensor'`."""
+    def named(self: Any, *args: Any, **kwargs: Any) -> Any:
+        answer = type_of(self, *args, **kwargs)
+        return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) and not answer.startswith("torch.cuda") else answer
+    return named
+
+
+def _after_import_on_cpu() -> None:
+    import megatron.core.jit as jit
+    import megatron.core.tensor_parallel.random as random
+    jit.disable_jit_fuser()                         # torch.compile on CPU needs a C++ compiler, and seconds
+    random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    # "CPU RNG state changed within GPU RNG context": here they are one.
+    logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
+    all_to_all = dist.all_to_all_single
+
+    def split_by_lists(out: Any, inp: Any, out_splits: Any = None, in_splits: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Megatron turns split sizes into lists only if they are CUDA tensors."""
+        return all_to_all(out, inp, *(s.tolist() if hasattr(s, "tolist") else s for s in (out_splits, in_splits)), *args, **kwargs)
+    dist.all_to_all_single = split_by_lists

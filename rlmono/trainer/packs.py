@@ -1,0 +1,68 @@
+"""One micro-batch on the device: whole samples, concatenated without padding between them (THD).
+
+Two spaces: `t` counts all tokens of the pack, `r` only response tokens, which are all that losses see. The logits at
+position j speak of token j + 1, so the response token at position j is read at position j - 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Optional, Sequence
+
+import numpy as np
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+
+from rlmono.world.messages import TrainSample
+
+
+@dataclass
+class Pack:
+    """Tensors of one pack. `tokens`, `positions` and `targets` are [t]; the others [r], in the order of `samples`."""
+
+    samples: list[TrainSample]
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    targets: torch.Tensor
+    """The next token of each token within its own sequence; 0 where there is none."""
+    params: PackedSeqParams
+    read_at: torch.Tensor
+    """Position in t whose logits predict each response token."""
+    masks: list[torch.Tensor]
+    """Loss mask of each sample, on the CPU."""
+    sample_of: torch.Tensor
+    """Index into `samples` for each response token."""
+    rollout_log_probs: Optional[torch.Tensor]
+    weights: torch.Tensor
+    advantages: torch.Tensor
+    old_log_probs: Optional[torch.Tensor] = None
+    ref_log_probs: Optional[torch.Tensor] = None
+
+    def set_per_sample(self, values: dict[int, float]) -> None:
+        """Advantages from one value a sample, by sample index."""
+        per_sample = torch.tensor([values[s.index] for s in self.samples], dtype=torch.float32, device=self.tokens.device)
+        self.advantages = per_sample[self.sample_of]
+
+
+def make_pack(samples: Sequence[TrainSample], device: torch.device, multiple: int) -> Pack:
+    """The pack of these samples; its length is rounded up to `multiple` by a sequence of padding that nothing reads."""
+    sequences = [np.frombuffer(s.tokens, np.int32).astype(np.int64) for s in samples]
+    lengths = [len(x) for x in sequences]
+    used = sum(lengths)
+    if used % multiple:
+        sequences.append(np.zeros(-used % multiple, np.int64))
+        lengths.append(-used % multiple)
+    tokens = np.concatenate(sequences)
+    targets = np.concatenate([np.append(x[1:], 0) for x in sequences])
+    positions = np.concatenate([np.arange(n) for n in lengths])
+    ends = np.cumsum(lengths)
+    read_at = np.concatenate([np.arange(e - s.response_length - 1, e - 1) for s, e in zip(samples, ends, strict=False)])
+    sample_of = np.repeat(np.arange(len(samples)), [s.response_length for s in samples])
+    cu_seqlens = torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)).to(device)
+    rollout = b"".join(s.rollout_log_probs for s in samples)
+    on = lambda x: torch.from_numpy(x).to(device)  # noqa: E731 - shorter than its uses
+    return Pack(list(samples), on(tokens), on(positions), on(targets),
+                PackedSeqParams(qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_seqlen_q=max(lengths), max_seqlen_kv=max(lengths)),
+                on(read_at), [torch.from_numpy(np.frombuffer(s.loss_mask, np.uint8).astype(np.float32)) for s in samples], on(sample_of),
+                on(np.frombuffer(rollout, np.float32).copy()) if rollout else None,
+                torch.zeros(0, device=device), torch.zeros(len(read_at), device=device))

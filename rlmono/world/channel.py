@@ -1,0 +1,154 @@
+"""Sockets: a device rank and its node's host over a unix socket; hosts among each other over TCP with CURVE.
+
+The unix socket lies in a private folder (mode 0700) that the host makes and names through the store. Between hosts,
+each makes a CURVE key pair at start and publishes only the public key: the controller's socket lets in just the keys
+that it read from the store, and a host connects to just the controller's key. Strangers are refused.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import tempfile
+from pathlib import Path
+from typing import Optional
+
+import zmq
+import zmq.asyncio
+from torch.distributed import Store
+from zmq.auth.asyncio import AsyncioAuthenticator
+
+from rlmono.world import messages
+from rlmono.world.store import Deadline, store_get
+
+
+class PrivateFolder:
+    """A folder for sockets that only this user can enter; its path is short, as unix sockets ask. Removed by `close`."""
+
+    def __init__(self, attempt: str):
+        self.path = Path(tempfile.mkdtemp(prefix=f"rlmono-{attempt[:6]}-", dir=_short_tmp()))
+        os.chmod(self.path, 0o700)
+
+    @property
+    def address(self) -> str:
+        return f"ipc://{self.path}/host"
+
+    def close(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _short_tmp() -> str:
+    tmp = tempfile.gettempdir()
+    return tmp if len(tmp) < 60 else "/tmp"     # sun_path holds 107 bytes
+
+
+class HostLink:
+    """A device rank's end of the socket to its host. Used by one thread; `socket` may be polled by others' loops."""
+
+    def __init__(self, address: str, rank: int):
+        self.rank = rank
+        self._context = zmq.Context(1)
+        self.socket = self._context.socket(zmq.DEALER)
+        self.socket.setsockopt(zmq.IDENTITY, str(rank).encode())
+        self.socket.setsockopt(zmq.LINGER, 2000)
+        self.socket.setsockopt(zmq.SNDHWM, 0)
+        self.socket.setsockopt(zmq.RCVHWM, 0)
+        self.socket.connect(address)
+
+    def send(self, message: messages.Message) -> None:
+        self.socket.send(messages.encode(message))
+
+    def receive_now(self) -> Optional[messages.Message]:
+        """A message that has already come, or None."""
+        try:
+            return messages.decode(self.socket.recv(zmq.NOBLOCK))
+        except zmq.Again:
+            return None
+
+    def receive(self, timeout_s: float, what: str) -> messages.Message:
+        """The next message; raises TimeoutError that says what this rank waited for."""
+        if not self.socket.poll(int(timeout_s * 1000)):
+            raise TimeoutError(f"rank {self.rank} waits for {what}: nothing within {timeout_s:g} s")
+        return messages.decode(self.socket.recv())
+
+    def report(self, kind: str, rollout_id: int, **data: object) -> None:
+        self.send(messages.Report(kind, rollout_id, dict(data)))
+
+    def close(self) -> None:
+        self.socket.close()
+        self._context.term()
+
+
+def bind_devices(context: zmq.asyncio.Context, address: str) -> zmq.asyncio.Socket:
+    """A host's end for its device ranks: ROUTER; a rank's identity is its number."""
+    router = context.socket(zmq.ROUTER)
+    router.setsockopt(zmq.LINGER, 2000)
+    router.setsockopt(zmq.SNDHWM, 0)
+    router.setsockopt(zmq.RCVHWM, 0)
+    router.bind(address)
+    return router
+
+
+class HostMesh:
+    """CURVE TCP between the controller (rank `hosts[0]`) and the other hosts. Built by `open_mesh`."""
+
+    def __init__(self, sock: zmq.asyncio.Socket, auth: Optional[AsyncioAuthenticator]):
+        self.socket, self._auth = sock, auth
+
+    def close(self) -> None:
+        if self._auth is not None:
+            self._auth.stop()
+        self.socket.close()
+
+
+def open_mesh(context: zmq.asyncio.Context, store: Store, rank: int, hosts: tuple[int, ...], master_addr: str, timeout_s: float) -> HostMesh:
+    """Exchange public keys through the store and connect. On the controller the socket is a ROUTER whose peers are
+    named by their rank; on others a DEALER to the controller. Call it from a running asyncio loop."""
+    public, secret = zmq.curve_keypair()
+    store.set(f"host/{rank}/key", public.decode())
+    if rank == hosts[0]:
+        return _open_controller(context, store, rank, hosts, master_addr, (public, secret), timeout_s)
+    sock = context.socket(zmq.DEALER)
+    sock.setsockopt(zmq.IDENTITY, str(rank).encode())
+    sock.curve_publickey, sock.curve_secretkey = public, secret
+    sock.curve_serverkey = store_get(store, f"host/{hosts[0]}/key", timeout_s, "the controller").encode()
+    _keep_alive(sock)
+    sock.connect(store_get(store, "controller/address", timeout_s, "the controller"))
+    return HostMesh(sock, None)
+
+
+def _open_controller(context: zmq.asyncio.Context, store: Store, rank: int, hosts: tuple[int, ...], master_addr: str,
+                     keys: tuple[bytes, bytes], timeout_s: float) -> HostMesh:
+    deadline = Deadline(timeout_s, "the controller waits for the other hosts' keys")
+    peers = [store_get(store, f"host/{h}/key", deadline.left(), f"host rank {h}").encode() for h in hosts if h != rank]
+    auth = AsyncioAuthenticator(context)
+    auth.start()
+    auth.configure_curve_callback(domain="*", credentials_provider=_Allowed(peers))
+    sock = context.socket(zmq.ROUTER)
+    sock.curve_publickey, sock.curve_secretkey, sock.curve_server = *keys, True
+    sock.zap_domain = b"rlmono"
+    sock.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    _keep_alive(sock)
+    # Bound to the address by which the other nodes know this one, not to every interface.
+    address = socket.gethostbyname(master_addr)
+    port = sock.bind_to_random_port(f"tcp://{address}")
+    store.set("controller/address", f"tcp://{address}:{port}")
+    return HostMesh(sock, auth)
+
+
+class _Allowed:
+    """pyzmq's credentials provider: just these public keys."""
+
+    def __init__(self, keys: list[bytes]):
+        self._keys = set(keys)
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        return zmq.utils.z85.encode(key) in self._keys
+
+
+def _keep_alive(sock: zmq.asyncio.Socket) -> None:
+    sock.setsockopt(zmq.LINGER, 2000)
+    sock.setsockopt(zmq.SNDHWM, 0)
+    sock.setsockopt(zmq.RCVHWM, 0)
+    sock.setsockopt(zmq.TCP_KEEPALIVE, 1)

@@ -1,0 +1,144 @@
+"""What ranks say to each other: msgspec structs, tagged by name, as msgpack. Never pickle."""
+
+from __future__ import annotations
+
+from typing import Any, Optional, Union
+
+import msgspec
+
+from rlmono.data.sample import Sample
+
+
+class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How to sample one response. `seed` makes the tokens independent of what else is in the batch."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    seed: Optional[int] = None
+
+
+class Generate(msgspec.Struct, tag=True):
+    """Host to engine: one request. `rid`s have one fixed length: SGLang matches them by prefix."""
+
+    rid: str
+    input_ids: list[int]
+    sampling: Sampling
+
+
+class Abort(msgspec.Struct, tag=True):
+    """Host to engine: end this request, or all (`rid` empty); each still answers, with what it has."""
+
+    rid: str = ""
+
+
+class EndPhase(msgspec.Struct, tag=True):
+    """Host to engine: leave `serve`. Sent only after every request has answered."""
+
+
+class Output(msgspec.Struct, tag=True):
+    """Engine to host: a finished request. `log_probs` has one entry a token of `output_ids`; `finish` is stop, length or abort."""
+
+    rid: str
+    output_ids: list[int]
+    log_probs: list[float]
+    finish: str
+    weight_version: int
+    cached_tokens: int = 0
+
+
+class Outputs(msgspec.Struct, tag=True):
+    """Engine to host: what finished in one scheduler step."""
+
+    items: list[Output]
+
+
+class TrainSample(msgspec.Struct):
+    """One sample for the trainer. Arrays travel as bytes: tokens int32, the others one entry a response token,
+    `loss_mask` uint8 and `rollout_log_probs` float32 (empty in SFT)."""
+
+    index: int
+    group_index: int
+    reward: float
+    tokens: bytes
+    response_length: int
+    loss_mask: bytes
+    rollout_log_probs: bytes
+
+
+class TrainStep(msgspec.Struct):
+    """One optimizer step of one data-parallel rank: its packs, and the step's denominators over all ranks."""
+
+    packs: list[list[TrainSample]]
+    samples: int
+    tokens: int
+
+
+class TrainBatch(msgspec.Struct, tag=True):
+    """Controller to trainer: a rollout, as this data-parallel rank trains on it. `rewards` is (group, index, reward) of every sample of the rollout."""
+
+    rollout_id: int
+    steps: list[TrainStep]
+    rewards: list[tuple[int, int, float]]
+
+
+class Report(msgspec.Struct, tag=True):
+    """Device rank to controller: something is done. `kind` is ready, trained, saved, updated or served."""
+
+    kind: str
+    rollout_id: int
+    data: dict[str, Any] = {}
+
+
+class Failed(msgspec.Struct, tag=True):
+    """Any rank to the controller: this rank is about to die of this."""
+
+    error: str
+
+
+class RunGroup(msgspec.Struct, tag=True):
+    """Controller to a node's host: generate and reward the samples of one prompt, all on one engine."""
+
+    job: int
+    engine: int
+    samples: list[Sample]
+    sampling: Sampling
+    evaluation: bool
+
+
+class GroupDone(msgspec.Struct, tag=True):
+    """A node's host to the controller: the group's samples, or the error that ended it."""
+
+    job: int
+    samples: list[Sample]
+    error: str = ""
+    seconds: float = 0.0
+
+
+class Relay(msgspec.Struct, tag=True):
+    """Between hosts: a message to (controller to host) or from (host to controller) a device rank of that node, undecoded."""
+
+    rank: int
+    payload: msgspec.Raw
+
+
+class Heartbeat(msgspec.Struct, tag=True):
+    """Between hosts: still here."""
+
+
+Message = Union[Generate, Abort, EndPhase, Outputs, TrainBatch, Report, Failed, RunGroup, GroupDone, Relay, Heartbeat]
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Message)
+
+
+def encode(message: Message) -> bytes:
+    return _encoder.encode(message)
+
+
+def decode(payload: bytes) -> Message:
+    """Raises msgspec.ValidationError for anything that is not one of ours."""
+    return _decoder.decode(payload)
