@@ -98,9 +98,27 @@ class Engine:
                 raise RuntimeError("the engine still generates after its phase has ended")
         raise RuntimeError("the engine does not become idle after its phase has ended")
 
-    def parameters(self) -> dict[str, torch.Tensor]:
-        """The engine's own parameters, by its names; for checks."""
-        return dict(self.scheduler.tp_worker.model_runner.model.named_parameters())
+    @torch.no_grad()
+    def compare_weights(self, buckets: Iterable[Iterable[tuple[str, torch.Tensor]]]) -> list[str]:
+        """Names of parameters that differ, in any bit, from what loading these tensors gives; [] when all are equal.
+
+        The tensors are loaded into poisoned stand-ins, so a parameter that nothing fills differs too.
+        """
+        live = dict(self.scheduler.tp_worker.model_runner.model.named_parameters())
+        kept = {name: p.data for name, p in live.items()}
+        try:
+            for p in live.values():
+                p.data = torch.full_like(p.data, float("nan"))
+            for bucket in buckets:
+                self.load_weights(bucket)
+            return [name for name, p in live.items() if not torch.equal(_bits(p.data), _bits(kept[name]))]
+        finally:
+            for name, p in live.items():
+                p.data = kept[name]
+
+
+def _bits(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous().view(torch.uint8)
 
 
 class _Traffic:

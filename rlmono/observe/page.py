@@ -35,7 +35,7 @@ figcaption { padding:4px 6px 0; }
 .table { overflow-x:auto; } table { width:100%; border-collapse:collapse; }
 th { text-align:left; font-size:12.5px; font-weight:600; color:var(--muted); }
 th, td { padding:9px 14px; border-top:1px solid var(--line); vertical-align:top; } thead th { border-top:0; }
-td.text { width:42%; } td.num { white-space:nowrap; font-variant-numeric:tabular-nums; }
+td.text { width:42%; }
 pre, code { font:12.5px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace; overflow-wrap:anywhere; }
 pre { margin:0; white-space:pre-wrap; }
 summary { cursor:pointer; color:var(--accent); font-size:12.5px; margin-top:4px; }
@@ -105,7 +105,7 @@ def _sample(row: Mapping[str, Any]) -> str:
     tone = {"completed": " good", "truncated": " bad", "failed": " bad", "aborted": " bad"}.get(status, "")
     return (
         f"<tr><td class='text'>{_text(row.get('prompt'))}</td><td class='text'>{_text(row.get('response'))}</td>"
-        f"<td><code>{escape(_plain(row.get('label')))}</code></td><td class='num'>{escape(_plain(row.get('reward')))}</td>"
+        f"<td><code>{escape(_plain(row.get('label')))}</code></td><td><code>{escape(_plain(row.get('reward')))}</code></td>"
         f"<td><span class='tag{tone}'>{escape(status)}</span></td></tr>"
     )
 

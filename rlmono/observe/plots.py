@@ -30,7 +30,7 @@ PHASES = {
     "perf/wake_up_time": ("wake up", "#fde68a"),
     "perf/save_time": ("save", "#dc2626"),
 }
-"""Metric -> name and colour; what these leave of perf/step_time is drawn as the rest."""
+"""Metric -> name and colour, disjoint parts of perf/step_time (evaluation and save too); what they leave of it is drawn as the rest."""
 
 _SIZE, _DPI = (6.6, 3.5), 170
 _SMOOTH_FROM, _MARKERS_TO, _MAX_BARS = 60, 40, 80

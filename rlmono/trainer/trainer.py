@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import time
-from typing import Any, Iterable, Optional
+from pathlib import Path
+from typing import Any, Iterable, Iterator, Optional
 
 import torch
 import torch.distributed as dist
@@ -15,10 +16,13 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from rlmono.config.schema import Config
+from rlmono.models.registry import family
 from rlmono.trainer import advantages, model
 from rlmono.trainer.losses import kl_estimate, policy_loss, token_weights
 from rlmono.trainer.logprobs import logprobs_and_entropy
 from rlmono.trainer.packs import Pack, make_pack
+from rlmono.weights.export import Named, export
+from rlmono.weights.hf import load_hf
 from rlmono.world.messages import TrainBatch, TrainStep
 
 
@@ -39,6 +43,7 @@ class Trainer:
         self.schedule = model.build_schedule(config, self.optimizer, total_steps)
         self.reference: Optional[torch.nn.Module] = None
         self.skipped_steps = 0
+        self._tensors = family(config.model["architecture"]).tensors(config.model)
         sft = config.loss_type == "sft"
         self._temperature = 1.0 if sft else config.rollout_temperature
         self._eps_high = config.eps_clip if config.eps_clip_high is None else config.eps_clip_high
@@ -70,6 +75,19 @@ class Trainer:
         reference = model.build_model(self.config, self.tf_config).to(self.device, self.dtype).requires_grad_(False)
         self.reference = reference.eval()
         return reference
+
+    def load_hf(self, folder: Path, module: Optional[torch.nn.Module] = None) -> None:
+        """Weights from an HF folder into the actor, or into `module`."""
+        target = self.module if module is None else module
+        load_hf(folder, dict(target.named_parameters()), self._tensors, parallel_state.get_tensor_model_parallel_rank(),
+                self.config.tensor_model_parallel_size)
+        if module is None:
+            self.weights_changed()
+
+    def export(self) -> Iterator[Named]:
+        """The actor's weights as buckets of (HF name, full tensor); collective over the tensor-parallel group."""
+        return export(dict(self.module.named_parameters()), self._tensors, parallel_state.get_tensor_model_parallel_group(),
+                      self.config.model["vocab_size"])
 
     def weights_changed(self) -> None:
         """After weights were written into the module: the optimizer's fp32 copies follow."""

@@ -1,0 +1,190 @@
+"""One name, one place: where the value of an option goes, by the names that users know from several systems."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, Optional
+
+from rlmono.config.foreign import Names, NotInstalled, megatron_names, sglang_names
+from rlmono.config.kinds import Kind, kind_of
+from rlmono.config.option import Option, options
+from rlmono.config.schema import Config
+
+SHAPE = {
+    "num_layers": "int", "hidden_size": "int", "ffn_hidden_size": "int", "num_attention_heads": "int", "num_query_groups": "int",
+    "kv_channels": "int", "vocab_size": "int", "rotary_base": "float", "rotary_percent": "float", "norm_epsilon": "float",
+    "qk_layernorm": "bool", "add_qkv_bias": "bool", "untie_embeddings_and_output_weights": "bool",
+    "max_position_embeddings": "int", "init_method_std": "float",
+}
+"""Model shape by Megatron's command-line names: the HF config says it, and flags may say it again."""
+
+FREE_SHAPE = ("rotary_base", "rotary_percent", "norm_epsilon", "max_position_embeddings", "init_method_std")
+"""What may differ from the HF config; with any other difference its weights would not fit."""
+
+ENGINE_SIZE = "<rollout_num_gpus_per_engine>"
+"""Stands for the engine's size, which is known only when all sources are read."""
+
+SGLANG_RENAMED = {
+    "cuda_graph_bs": "cuda_graph_bs_decode", "cuda_graph_max_bs": "cuda_graph_max_bs_decode", "stream_output": "incremental_streaming_output",
+    "nsa_prefill_backend": "dsa_prefill_backend", "nsa_decode_backend": "dsa_decode_backend",
+    "mamba_scheduler_strategy": "mamba_radix_cache_strategy",
+}
+SGLANG_SWITCHES = {"enable_deepep_moe": ("moe_a2a_backend", "deepep"), "enable_ep_moe": ("ep_size", ENGINE_SIZE)}
+"""Switches of earlier SGLang versions, as the argument and value that they stand for today."""
+
+SGLANG_OURS = {
+    "model_path": "--hf-checkpoint", "tp_size": "--rollout-num-gpus-per-engine", "random_seed": "--rollout-seed", "device": "--device",
+    "dtype": "--dtype", "load_format": None, "skip_tokenizer_init": None, "enable_memory_saver": None, "nnodes": None, "node_rank": None,
+    "dist_init_addr": None, "base_gpu_id": None, "gpu_id_step": None, "host": None, "port": None,
+}
+"""Arguments that rlmono gives SGLang itself, and the option to use instead."""
+
+MEGATRON_RENAMED = {
+    "layernorm_epsilon": "norm_epsilon", "num_experts": "num_moe_experts", "accumulate_allreduce_grads_in_fp32": "grad_reduce_in_fp32",
+    "fp8_format": "fp8", "num_layers_in_first_pipeline_stage": "decoder_first_pipeline_num_layers",
+    "num_layers_in_last_pipeline_stage": "decoder_last_pipeline_num_layers",
+}
+MEGATRON_SWITCHES = {
+    "bf16": ("dtype", "bfloat16"), "no_bias_swiglu_fusion": ("bias_activation_fusion", False),
+    "no_check_for_nan_in_loss_and_grad": ("check_for_nan_in_grad", False),
+}
+MEGATRON_OURS = {"fp16": "--dtype", "deterministic_mode": "--deterministic"}
+
+ANY = object()
+ALWAYS: dict[str, tuple[str, Any, str]] = {
+    "swiglu": ("bool", True, "the architecture says it"),
+    "gated_linear_unit": ("bool", True, "the architecture says it"),
+    "disable_bias_linear": ("bool", True, "the architecture says it"),
+    "add_bias_linear": ("bool", False, "the architecture says it"),
+    "normalization": ("str", "RMSNorm", "the architecture says it"),
+    "group_query_attention": ("bool", True, "the architecture says it"),
+    "use_rotary_position_embeddings": ("bool", True, "the architecture says it"),
+    "position_embedding_type": ("str", "rope", "the architecture says it"),
+    "attention_softmax_in_fp32": ("bool", True, "always so"),
+    "attention_dropout": ("float", 0.0, "always 0, or the ratio of two passes would be wrong"),
+    "hidden_dropout": ("float", 0.0, "always 0, or the ratio of two passes would be wrong"),
+    "use_distributed_optimizer": ("bool", True, "always so"),
+    "variable_seq_lengths": ("bool", True, "always so: samples are packed"),
+    "no_rope_fusion": ("bool", True, "always so: the fused one needs Transformer Engine"),
+    "apply_rope_fusion": ("bool", False, "the fused one needs Transformer Engine"),
+    "use_mcore_models": ("bool", True, "always so"),
+    "ckpt_format": ("str", "torch_dist", "always so"),
+    "seq_length": ("int", ANY, "samples are packed at their own lengths"),
+    "attention_backend": ("str", ANY, "attention is rlmono's own, over packed samples"),
+    "use_flash_attn": ("bool", ANY, "attention is rlmono's own, over packed samples"),
+    "transformer_impl": ("str", ANY, "Transformer Engine is not used"),
+    "make_vocab_size_divisible_by": ("int", ANY, "the vocabulary is padded to a multiple of the tensor-parallel size"),
+}
+"""Megatron names for what rlmono does anyway: kind, the value that it has, and why it is not an option."""
+
+FUNCTIONS = {
+    "slime.rollout.filter_hub.dynamic_sampling_filters.check_reward_nonzero_std": "rlmono.rollout.filters.check_reward_nonzero_std",
+}
+"""Shipped functions of the system that users come from, and ours."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a value goes. `room` is field, model, sglang, megatron, or ignored; `means` is what a bare switch stands for."""
+
+    room: str
+    key: str
+    kind: Kind
+    option: Optional[Option] = None
+    note: str = ""
+    means: Any = None
+    expect: Any = ANY
+    negated: bool = False
+
+
+class UnknownName(ValueError):
+    """No option has this name; `nearest` is one that is spelt alike."""
+
+    def __init__(self, nearest: Optional[str]) -> None:
+        super().__init__("is not an option")
+        self.nearest = nearest
+
+
+@lru_cache(maxsize=1)
+def _fields() -> dict[str, Target]:
+    return {f.name: Target("field", f.name, kind_of(str(f.type)), option) for f, option in options(Config)}
+
+
+def find(name: str) -> Target:
+    """Where the value of `name` (lower case, underscores, no prefix) goes.
+
+    Raises UnknownName, NotInstalled, or ValueError for a name that rlmono sets itself; texts are ends of sentences.
+    """
+    if name in _fields():
+        return _fields()[name]
+    target = _sglang(name.removeprefix("sglang_")) if name.startswith("sglang_") else _megatron(name)
+    if target is None and name.startswith("no_") and (positive := _positive(name.removeprefix("no_"))):
+        return replace(positive, negated=True)
+    if target is None:
+        raise UnknownName(_nearest(name))
+    return target
+
+
+def _positive(name: str) -> Optional[Target]:
+    try:
+        target = find(name)
+    except UnknownName:
+        return None
+    return target if target.kind.base == "bool" and target.means is None and not target.kind.many else None
+
+
+def _sglang(name: str) -> Optional[Target]:
+    if name in SGLANG_SWITCHES:
+        key, value = SGLANG_SWITCHES[name]
+        return Target("sglang", key, Kind("bool"), note=f"means --sglang-{_dashes(key)} {value} today", means=value)
+    names = sglang_names()
+    key = SGLANG_RENAMED.get(name) or names.aliases.get(name, name)
+    if key in SGLANG_OURS:
+        raise ValueError(f"is set by rlmono itself; use {SGLANG_OURS[key]}" if SGLANG_OURS[key] else "is set by rlmono itself; leave it out")
+    note = f"is called --sglang-{_dashes(key)} today" if name in SGLANG_RENAMED else ""
+    return Target("sglang", key, names.kinds[key], note=note) if key in names.kinds else None
+
+
+def _megatron(name: str) -> Optional[Target]:
+    if name in ALWAYS:
+        kind, expect, why = ALWAYS[name]
+        return Target("ignored", name, Kind(kind), note=f"is not needed: {why}", expect=expect)
+    if name in MEGATRON_OURS:
+        raise ValueError(f"is set by rlmono itself; use {MEGATRON_OURS[name]}")
+    if name in MEGATRON_SWITCHES:
+        key, value = MEGATRON_SWITCHES[name]
+        return replace(find(key), kind=Kind("bool"), note=f"means {_dashes(key)} = {value}", means=value)
+    if name in MEGATRON_RENAMED:
+        key = MEGATRON_RENAMED[name]
+        return replace(find(key), note=f"is {key} here")
+    if name in SHAPE:
+        return Target("model", name, Kind(SHAPE[name]))
+    kinds = megatron_names().kinds
+    return Target("megatron", name, kinds[name]) if name in kinds else None
+
+
+def _nearest(name: str) -> Optional[str]:
+    sglang = _known(sglang_names)
+    if name in sglang:
+        return f"sglang_{name}"
+    ours = [*_fields(), *SHAPE, *ALWAYS, *MEGATRON_RENAMED, *MEGATRON_SWITCHES]
+    pool = [f"sglang_{n}" for n in (*sglang, *SGLANG_RENAMED, *SGLANG_SWITCHES)] if name.startswith("sglang_") else [*_known(megatron_names)]
+    for names in (ours, pool):
+        if close := difflib.get_close_matches(name, names, n=1, cutoff=0.75):
+            return close[0]
+    return next(iter(difflib.get_close_matches(name, ours + pool, n=1, cutoff=0.5)), None)
+
+
+def _known(read: Any) -> dict[str, Kind]:
+    """A package's names, for a suggestion only: none where it is not installed."""
+    try:
+        names: Names = read()
+    except NotInstalled:
+        return {}
+    return names.kinds
+
+
+def _dashes(name: str) -> str:
+    return name.replace("_", "-")

@@ -1,0 +1,76 @@
+"""The swap: one state machine owns what lies on the GPU.
+
+    rollout  ⇄  sync  ⇄  train          (rollout ⇄ train goes through neither copy nor update: at a phase's end)
+
+Every allocation that can leave the GPU has a tag. A tag is *dropped* (its pages are freed and come back empty: KV cache,
+engine weights, which the next update fills) or *kept* (copied to retained pinned host memory: the trainer). A transition
+moves only tags whose need changes. On CPU, and without --colocate, the same states are walked and nothing moves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import dataclass
+from typing import Any, ContextManager, Optional
+
+STATES = ("rollout", "sync", "train")
+
+
+@dataclass(frozen=True)
+class Tag:
+    """`needed_in` lists the states in which the tag must be on the GPU; `kept` says if its content survives leaving."""
+
+    name: str
+    needed_in: tuple[str, ...]
+    kept: bool
+
+
+# The first three are SGLang's own names for what it allocates.
+TAGS = (
+    Tag("kv_cache", ("rollout",), kept=False),
+    Tag("cuda_graph", ("rollout", "sync"), kept=False),
+    Tag("weights", ("rollout", "sync"), kept=False),
+    Tag("trainer", ("sync", "train"), kept=True),
+)
+
+
+class Memory:
+    """The state machine of one rank. `saver` is torch_memory_saver's object, or None where nothing is to move."""
+
+    def __init__(self, saver: Optional[Any]):
+        self.state = "sync"             # where every role has just been built, all is present
+        self.saver = saver
+        self.seconds: dict[str, float] = {}
+
+    def region(self, name: str) -> ContextManager[Any]:
+        """Allocations inside belong to this tag."""
+        tag = next(t for t in TAGS if t.name == name)
+        if self.saver is None:
+            return contextlib.nullcontext()
+        return self.saver.region(tag=tag.name, enable_cpu_backup=tag.kept)
+
+    def to(self, state: str) -> float:
+        """Go to a state; returns the seconds that it took."""
+        if state not in STATES:
+            raise ValueError(f"no such memory state: {state!r}")
+        started = time.perf_counter()
+        if self.saver is not None:
+            self._move(state)
+        took = time.perf_counter() - started
+        self.seconds[f"{self.state}->{state}"] = took
+        self.state = state
+        return took
+
+    def _move(self, state: str) -> None:
+        import torch
+        torch.cuda.synchronize()
+        leaving = [t for t in TAGS if self.state in t.needed_in and state not in t.needed_in]
+        coming = [t for t in TAGS if self.state not in t.needed_in and state in t.needed_in]
+        if leaving:
+            torch.cuda.empty_cache()
+        for tag in leaving:             # first make room
+            self.saver.pause(tag.name)  # type: ignore[union-attr]
+        for tag in coming:
+            self.saver.resume(tag.name)     # type: ignore[union-attr]
+        torch.cuda.synchronize()

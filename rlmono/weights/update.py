@@ -1,0 +1,119 @@
+"""Trainer to engine: colocated in the same process, or broadcast across pools. No file, no IPC.
+
+    Colocated(trainer, engine).update(version)      each rank gathers full tensors and its engine takes its own cut
+    Sender(trainer, …).update(version)              disaggregated, trainers: the first one broadcasts buckets
+    Receiver(engine, …).update(version)             disaggregated, engines
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Iterator, Optional, Protocol, Sequence
+
+import torch
+import torch.distributed as dist
+
+from rlmono.weights.export import Named
+from rlmono.world.groups import broadcast, cross_pool_group
+from rlmono.world.store import store_get
+
+
+class Exporter(Protocol):
+    """What an update asks of the trainer."""
+
+    def export(self) -> Iterator[Named]: ...
+
+
+class Loader(Protocol):
+    """What an update asks of the engine."""
+
+    def load_weights(self, named_tensors: Named) -> None: ...
+    def finish_update(self, version: int) -> None: ...
+    def compare_weights(self, buckets: Iterator[Named]) -> list[str]: ...
+
+
+class Colocated:
+    """Trainer and engine in one process."""
+
+    def __init__(self, trainer: Exporter, engine: Loader, check: bool):
+        self.trainer, self.engine, self.check = trainer, engine, check
+
+    def update(self, version: int) -> None:
+        """Collective over all device ranks; afterwards the engine samples with, and marks, `version`."""
+        for bucket in self.trainer.export():
+            self.engine.load_weights(bucket)
+        self.engine.finish_update(version)
+        if self.check:
+            _refuse(self.engine.compare_weights(self.trainer.export()), version)
+
+
+class Sender:
+    """The trainers' side. `members` are global ranks: the first trainer, then every engine rank."""
+
+    def __init__(self, trainer: Exporter, store: dist.Store, members: Sequence[int], rank: int, device: str, timeout_s: float, check: bool):
+        self.trainer, self.check = trainer, check
+        self.group: Optional[dist.ProcessGroup] = None
+        plan = [[(name, list(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in bucket] for bucket in trainer.export()]
+        if rank == members[0]:
+            store.set("weights/plan", json.dumps(plan))
+            self.group = cross_pool_group(store, "weights", members, rank, device, timeout_s)
+
+    def update(self, version: int) -> None:
+        """Collective over trainers; the first of them sends. The next bucket is gathered while the last one travels."""
+        for _ in range(2 if self.check else 1):
+            pending: Optional[tuple[dist.Work, torch.Tensor]] = None
+            for bucket in self.trainer.export():
+                if self.group is None:
+                    continue
+                flat = torch.cat([t.reshape(-1) for _, t in bucket])
+                if pending is not None:
+                    pending[0].wait()
+                pending = (broadcast(flat, self.group, 0), flat)
+            if pending is not None:
+                pending[0].wait()
+
+
+class Receiver:
+    """The engines' side."""
+
+    def __init__(self, engine: Loader, store: dist.Store, members: Sequence[int], rank: int, device: str, timeout_s: float, check: bool):
+        self.engine, self.check = engine, check
+        self.plan: list[list[tuple[str, list[int], str]]] = json.loads(store_get(store, "weights/plan", timeout_s, "the first trainer"))
+        self.group = cross_pool_group(store, "weights", members, rank, device, timeout_s)
+        self.device = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device("cpu")
+
+    def update(self, version: int) -> None:
+        for bucket in self._buckets():
+            self.engine.load_weights(bucket)
+        self.engine.finish_update(version)
+        if self.check:
+            _refuse(self.engine.compare_weights(self._buckets()), version)
+
+    def _buckets(self) -> Iterator[Named]:
+        """The buckets as they come; two broadcasts are under way, so that one travels while the other is loaded."""
+        started: list[tuple[Any, torch.Tensor]] = []
+        for i, shapes in enumerate(self.plan):
+            while len(started) < min(i + 2, len(self.plan)):
+                started.append(self._start(self.plan[len(started)]))
+            work, flat = started[i]
+            work.wait()
+            sizes = [_numel(shape) for _, shape, _ in shapes]
+            yield [(name, part.view(shape)) for (name, shape, _), part in zip(shapes, flat.split(sizes), strict=True)]
+            started[i] = (None, flat[:0])       # let go of the bucket
+
+    def _start(self, shapes: list[tuple[str, list[int], str]]) -> tuple[dist.Work, torch.Tensor]:
+        flat = torch.empty(sum(_numel(s) for _, s, _ in shapes), dtype=getattr(torch, shapes[0][2]), device=self.device)
+        return broadcast(flat, self.group, 0), flat
+
+
+def _numel(shape: Sequence[int]) -> int:
+    n = 1
+    for s in shape:
+        n *= s
+    return n
+
+
+def _refuse(differing: list[str], version: int) -> None:
+    if differing:
+        raise RuntimeError(f"--check-weight-update-equal: after update {version} {len(differing)} engine weight(s) differ from the trainer's export: "
+                           f"{', '.join(differing[:8])}")
