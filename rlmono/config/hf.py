@@ -31,7 +31,7 @@ def model_shape(path: str) -> dict[str, Any]:
     Raises ConfigError as `read_hf_config` does, and for an architecture that no file in rlmono/models knows.
     """
     hf = read_hf_config(path)
-    from rlmono.models.registry import shape_from_hf   # imports torch, and most of this room's users need no shape
+    from rlmono.models.registry import shape_from_hf  # imports torch, and most of this room's users need no shape
     try:
         shape = dict(shape_from_hf(hf))
     except ValueError as error:

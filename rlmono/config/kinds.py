@@ -7,7 +7,7 @@ import json
 import math
 import re
 from dataclasses import dataclass, replace
-from typing import Any, Sequence
+from typing import Any, Callable, Sequence
 
 WORDS = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text", "json": "JSON"}
 TRUE, FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
@@ -87,7 +87,7 @@ def _text(word: str) -> str:
     return word
 
 
-_READ = {"bool": _bool, "int": int, "float": _finite, "str": _text, "json": json.loads}
+_READ: dict[str, Callable[[str], Any]] = {"bool": _bool, "int": int, "float": _finite, "str": _text, "json": json.loads}
 
 
 def _layer_list(kind: Kind, word: str) -> tuple[Any, ...]:

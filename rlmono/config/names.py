@@ -27,7 +27,8 @@ ENGINE_SIZE = "<rollout_num_gpus_per_engine>"
 """Stands for the engine's size, which is known only when all sources are read."""
 
 SGLANG_RENAMED = {
-    "cuda_graph_bs": "cuda_graph_bs_decode", "cuda_graph_max_bs": "cuda_graph_max_bs_decode", "stream_output": "incremental_streaming_output",
+    "cuda_graph_bs": "cuda_graph_bs_decode", "cuda_graph_max_bs": "cuda_graph_max_bs_decode",
+    "stream_output": "incremental_streaming_output",
     "nsa_prefill_backend": "dsa_prefill_backend", "nsa_decode_backend": "dsa_decode_backend",
     "mamba_scheduler_strategy": "mamba_radix_cache_strategy",
 }
@@ -142,7 +143,7 @@ def _sglang(name: str) -> Optional[Target]:
     names = sglang_names()
     key = SGLANG_RENAMED.get(name) or names.aliases.get(name, name)
     if key in SGLANG_OURS:
-        raise ValueError(f"is set by rlmono itself; use {SGLANG_OURS[key]}" if SGLANG_OURS[key] else "is set by rlmono itself; leave it out")
+        raise ValueError(f"is set by rlmono itself; {f'use {SGLANG_OURS[key]}' if SGLANG_OURS[key] else 'leave it out'}")
     note = f"is called --sglang-{_dashes(key)} today" if name in SGLANG_RENAMED else ""
     return Target("sglang", key, names.kinds[key], note=note) if key in names.kinds else None
 
@@ -170,7 +171,8 @@ def _nearest(name: str) -> Optional[str]:
     if name in sglang:
         return f"sglang_{name}"
     ours = [*_fields(), *SHAPE, *ALWAYS, *MEGATRON_RENAMED, *MEGATRON_SWITCHES]
-    pool = [f"sglang_{n}" for n in (*sglang, *SGLANG_RENAMED, *SGLANG_SWITCHES)] if name.startswith("sglang_") else [*_known(megatron_names)]
+    engine = [f"sglang_{n}" for n in (*sglang, *SGLANG_RENAMED, *SGLANG_SWITCHES)]
+    pool = engine if name.startswith("sglang_") else [*_known(megatron_names)]
     for names in (ours, pool):
         if close := difflib.get_close_matches(name, names, n=1, cutoff=0.75):
             return close[0]

@@ -21,7 +21,6 @@ from typing import Any, Mapping, Optional
 
 from rlmono.config.option import option
 
-
 OTHER_ESTIMATORS = ("gspo", "cispo", "rloo", "dr_grpo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "ppo")
 
 
@@ -41,9 +40,11 @@ class Run:
     heartbeat_timeout_s: float = option(120.0, "A node or device rank that is silent for so long is taken for dead.", minimum=1)
     debug_rollout_only: bool = option(False, "Generate only, never train.", later="rollout debugging")
     debug_train_only: bool = option(False, "Train from saved rollout data, never generate.", later="rollout debugging")
-    save_debug_rollout_data: Optional[str] = option(None, "Write each rollout's samples to this path ({rollout_id}).", later="rollout debugging")
+    save_debug_rollout_data: Optional[str] = option(
+        None, "Write each rollout's samples to this path ({rollout_id}).", later="rollout debugging")
     load_debug_rollout_data: Optional[str] = option(None, "Read rollouts from this path ({rollout_id}).", later="rollout debugging")
-    check_weight_update_equal: bool = option(False, "After every update compare the engine's weights with the trainer's export, bit for bit.")
+    check_weight_update_equal: bool = option(
+        False, "After every update compare the engine's weights with the trainer's export, bit for bit.")
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,12 @@ class Checkpoint:
     """Weights in, checkpoints out."""
 
     hf_checkpoint: Optional[str] = option(None, "HF folder: config.json, tokenizer, and weights unless --load or --ref-load has them.")
-    ref_load: Optional[str] = option(None, "Weights of the reference, and of the actor at the very start: HF folder or torch_dist. Default: --hf-checkpoint.")
+    ref_load: Optional[str] = option(
+        None, "Weights of the reference, and of the actor at the very start: HF folder or torch_dist. Default: --hf-checkpoint.")
     load: Optional[str] = option(None, "Folder of checkpoints to resume from; without a finished one, --ref-load is the start.")
     save: Optional[str] = option(None, "Folder to write checkpoints to.")
-    save_interval: Optional[int] = option(None, "Save every so many rollouts (and after the last). Default: only after the last.", minimum=1)
+    save_interval: Optional[int] = option(
+        None, "Save every so many rollouts (and after the last). Default: only after the last.", minimum=1)
     save_hf: Optional[str] = option(None, "Also write HF safetensors with every save, to this path; {rollout_id} is filled in.")
     async_save: bool = option(False, "Write checkpoints in the background.", later="asynchronous checkpoints")
     no_load_optim: bool = option(False, "Load weights only; the optimizer starts fresh.")
@@ -97,17 +100,21 @@ class Rollout:
     rollout_batch_size: int = option(32, "Prompts (groups) a rollout.", minimum=1)
     n_samples_per_prompt: int = option(1, "Samples a prompt.", minimum=1)
     rollout_temperature: float = option(1.0, "Sampling temperature; logits are divided by it in training too.", minimum=1e-6)
-    rollout_top_p: float = option(1.0, "Nucleus sampling. Below 1 the training ratio is wrong (a warning says so).", minimum=0.0, maximum=1.0)
+    rollout_top_p: float = option(
+        1.0, "Nucleus sampling. Below 1 the training ratio is wrong (a warning says so).", minimum=0.0, maximum=1.0)
     rollout_top_k: int = option(-1, "Top-k sampling; -1 is off. Otherwise the training ratio is wrong (a warning says so).", minimum=-1)
     rollout_max_response_len: int = option(1024, "New tokens a response at most.", minimum=1)
     rollout_max_context_len: Optional[int] = option(None, "Prompt and response together at most. Default: the model's.", minimum=1)
     rollout_stop: Optional[tuple[str, ...]] = option(None, "Strings that end a response.")
-    rollout_stop_token_ids: Optional[tuple[int, ...]] = option(None, "Token ids that end a response, besides the model's end-of-sequence ids.")
+    rollout_stop_token_ids: Optional[tuple[int, ...]] = option(
+        None, "Token ids that end a response, besides the model's end-of-sequence ids.")
     rollout_skip_special_tokens: bool = option(False, "Leave special tokens out of the text that rewards see.")
     sglang_server_concurrency: int = option(512, "Requests in flight at one engine at most.", minimum=1)
     custom_generate_function_path: Optional[str] = option(None, "`module.function`: async (args, sample, sampling_params) -> sample.")
-    over_sampling_batch_size: Optional[int] = option(None, "Prompts to submit at once for dynamic sampling.", minimum=1, later="dynamic sampling")
-    dynamic_sampling_filter_path: Optional[str] = option(None, "`module.function` (args, samples, **kw) that keeps or drops a group.", later="dynamic sampling")
+    over_sampling_batch_size: Optional[int] = option(
+        None, "Prompts to submit at once for dynamic sampling.", minimum=1, later="dynamic sampling")
+    dynamic_sampling_filter_path: Optional[str] = option(
+        None, "`module.function` (args, samples, **kw) that keeps or drops a group.", later="dynamic sampling")
     partial_rollout: bool = option(False, "Keep aborted samples for the next rollout.", later="partial rollout")
     mask_offpolicy_in_partial_rollout: bool = option(False, "Do not train on tokens of an older policy.", later="partial rollout")
     buffer_filter_path: Optional[str] = option(None, "`module.function` that takes groups out of the data buffer.", later="partial rollout")
@@ -146,11 +153,13 @@ class Eval:
 class Batch:
     """From samples to steps and packs."""
 
-    global_batch_size: Optional[int] = option(None, "Samples a step. Default: rollout_batch_size * n_samples_per_prompt / num_steps_per_rollout.", minimum=1)
+    global_batch_size: Optional[int] = option(
+        None, "Samples a step. Default: rollout_batch_size * n_samples_per_prompt / num_steps_per_rollout.", minimum=1)
     num_steps_per_rollout: Optional[int] = option(None, "Optimizer steps a rollout. Default: from --global-batch-size, or 1.", minimum=1)
     micro_batch_size: int = option(1, "Samples a pack without --use-dynamic-batch-size.", minimum=1)
     use_dynamic_batch_size: bool = option(False, "Fill packs up to --max-tokens-per-gpu; loss and gradients stay the same.")
-    max_tokens_per_gpu: Optional[int] = option(None, "Tokens a pack (times context-parallel size); a longer sample is a pack of its own.", minimum=1)
+    max_tokens_per_gpu: Optional[int] = option(
+        None, "Tokens a pack (times context-parallel size); a longer sample is a pack of its own.", minimum=1)
     balance_data: bool = option(False, "Deal packs to data-parallel ranks by estimated FLOPs (Karmarkar-Karp).")
 
 
@@ -158,9 +167,11 @@ class Batch:
 class Algorithm:
     """Losses and advantages; `docs/semantics` of each stands beside its function in rlmono/trainer."""
 
-    loss_type: str = option("policy_loss", "policy_loss trains on samples of the policy; sft on the data's own answers.", choices=("policy_loss", "sft"))
-    advantage_estimator: str = option("grpo", "How advantages are made from rewards.",
-                                      choices=("grpo", *OTHER_ESTIMATORS), later_choices={name: f"advantage estimator {name}" for name in OTHER_ESTIMATORS})
+    loss_type: str = option(
+        "policy_loss", "policy_loss trains on samples of the policy; sft on the data's own answers.", choices=("policy_loss", "sft"))
+    advantage_estimator: str = option(
+        "grpo", "How advantages are made from rewards.", choices=("grpo", *OTHER_ESTIMATORS),
+        later_choices={name: f"advantage estimator {name}" for name in OTHER_ESTIMATORS})
     disable_grpo_std_normalization: bool = option(False, "Advantages are r - mean, without the division by the group's std.")
     disable_rewards_normalization: bool = option(False, "Advantages are the rewards themselves.")
     eps_clip: float = option(0.2, "PPO clip range below 1.", minimum=0.0)
@@ -183,12 +194,16 @@ class Parallel:
     tensor_model_parallel_size: int = option(1, "Tensor parallel.", minimum=1)
     sequence_parallel: bool = option(False, "Sequence parallel in the norms, with tensor parallel.")
     pipeline_model_parallel_size: int = option(1, "Pipeline parallel.", minimum=1, later_above=(1, "pipeline parallel training"))
-    virtual_pipeline_model_parallel_size: Optional[int] = option(None, "Model chunks a pipeline stage.", minimum=1, later="pipeline parallel training")
-    decoder_first_pipeline_num_layers: Optional[int] = option(None, "Layers of the first stage.", minimum=1, later="pipeline parallel training")
-    decoder_last_pipeline_num_layers: Optional[int] = option(None, "Layers of the last stage.", minimum=1, later="pipeline parallel training")
+    virtual_pipeline_model_parallel_size: Optional[int] = option(
+        None, "Model chunks a pipeline stage.", minimum=1, later="pipeline parallel training")
+    decoder_first_pipeline_num_layers: Optional[int] = option(
+        None, "Layers of the first stage.", minimum=1, later="pipeline parallel training")
+    decoder_last_pipeline_num_layers: Optional[int] = option(
+        None, "Layers of the last stage.", minimum=1, later="pipeline parallel training")
     context_parallel_size: int = option(1, "Context parallel.", minimum=1, later_above=(1, "context parallel training"))
     expert_model_parallel_size: int = option(1, "Expert parallel.", minimum=1, later_above=(1, "mixture-of-experts training"))
-    expert_tensor_parallel_size: Optional[int] = option(None, "Tensor parallel of the experts.", minimum=1, later_above=(1, "mixture-of-experts training"))
+    expert_tensor_parallel_size: Optional[int] = option(
+        None, "Tensor parallel of the experts.", minimum=1, later_above=(1, "mixture-of-experts training"))
     recompute_granularity: Optional[str] = option(None, "Recompute activations in the backward pass.", choices=("full", "selective"))
     recompute_method: Optional[str] = option(None, "With full recompute.", choices=("uniform", "block"))
     recompute_num_layers: Optional[int] = option(None, "With full recompute.", minimum=1)

@@ -97,7 +97,6 @@ class Trainer:
 
     def train(self, batch: TrainBatch) -> dict[str, float]:
         """Train on a rollout; returns its metrics (means over its steps), equal on every rank that `reports`."""
-        started = time.perf_counter()
         multiple = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
         steps = [[make_pack(samples, self.device, multiple) for samples in step.packs] for step in batch.steps]
         for step, packs in zip(batch.steps, steps, strict=True):
@@ -112,7 +111,7 @@ class Trainer:
         if len(per_step) > 1:
             metrics |= {f"train/ppo_kl_step{i + 1}": s["train/ppo_kl"] for i, s in enumerate(per_step) if "train/ppo_kl" in s}
         now = time.perf_counter()
-        metrics |= {"perf/actor_train_time": now - trained, "perf/train_time": now - started, "train/skipped_steps": float(self.skipped_steps)}
+        metrics |= {"perf/train_time": now - trained, "train/skipped_steps": float(self.skipped_steps)}
         return metrics
 
     def _prepare_policy(self, batch: TrainBatch, packs: list[Pack], steps: int) -> dict[str, float]:

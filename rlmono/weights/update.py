@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any, Iterator, Optional, Protocol, Sequence
 
 import torch
@@ -38,13 +39,16 @@ class Colocated:
     def __init__(self, trainer: Exporter, engine: Loader, check: bool):
         self.trainer, self.engine, self.check = trainer, engine, check
 
-    def update(self, version: int) -> None:
-        """Collective over all device ranks; afterwards the engine samples with, and marks, `version`."""
+    def update(self, version: int) -> float:
+        """Collective over all device ranks; afterwards the engine samples with, and marks, `version`. Returns the seconds that it took."""
+        started = time.perf_counter()
         for bucket in self.trainer.export():
             self.engine.load_weights(bucket)
         self.engine.finish_update(version)
+        took = time.perf_counter() - started
         if self.check:
             _refuse(self.engine.compare_weights(self.trainer.export()), version)
+        return took
 
 
 class Sender:
@@ -82,12 +86,17 @@ class Receiver:
         self.group = cross_pool_group(store, "weights", members, rank, device, timeout_s)
         self.device = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device("cpu")
 
-    def update(self, version: int) -> None:
+    def update(self, version: int) -> float:
+        """Collective over engines and the first trainer; returns the seconds from the first bucket on."""
+        started = None
         for bucket in self._buckets():
+            started = started or time.perf_counter()
             self.engine.load_weights(bucket)
         self.engine.finish_update(version)
+        took = time.perf_counter() - (started or time.perf_counter())
         if self.check:
             _refuse(self.engine.compare_weights(self._buckets()), version)
+        return took
 
     def _buckets(self) -> Iterator[Named]:
         """The buckets as they come; two broadcasts are under way, so that one travels while the other is loaded."""

@@ -1,0 +1,31 @@
+"""`python -m rlmono VERB …`
+
+    train     train a model; started by torchrun or srun on every rank (launch/run.sh does it), or with --dry-run by hand
+    report    make the report of a run directory
+    ranks     check a configuration, and print how many ranks a node starts (for launch/run.sh)
+"""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> int:
+    verb, argv = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
+    if verb == "train":
+        from rlmono.loop.start import train
+        return train(argv)
+    if verb == "ranks":
+        from rlmono.loop.start import ranks
+        return ranks(argv)
+    if verb == "report":
+        from rlmono.observe.report import main as report
+        return report(argv)
+    print(__doc__, file=sys.stderr)
+    if verb not in ("", "-h", "--help"):
+        print(f"rlmono: unknown verb {verb!r}; known: train, report, ranks", file=sys.stderr)
+    return 0 if verb in ("-h", "--help") else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,292 @@
+"""Values that are right by themselves, held against each other: contradictions, batch arithmetic, what comes later."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Callable, Iterator, Mapping, Optional
+
+from rlmono.config.option import ConfigError, options
+from rlmono.config.schema import Config
+
+RETURN_ORIGINAL = "SGLANG_RETURN_ORIGINAL_LOGPROB"
+SGLANG_LATER = {
+    "enable_dp_attention": "engines with DP attention", "dp_size": "engines with DP attention",
+    "enable_dp_lm_head": "engines with DP attention",
+    "ep_size": "engines with expert parallelism", "moe_a2a_backend": "engines with expert parallelism",
+    "deepep_mode": "engines with expert parallelism", "moe_dense_tp_size": "engines with expert parallelism",
+    "pp_size": "engines with pipeline parallelism",
+}
+MLA = ("multi_latent_attention", "q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How a rollout's samples become steps; counts of samples, but `steps` of steps a rollout and `prompts` of groups."""
+
+    prompts: int
+    samples_per_prompt: int
+    samples_per_rollout: int
+    steps: int
+    global_batch_size: int
+    dp: int
+    samples_per_rank: int
+    """Samples a data-parallel rank trains on in one step."""
+
+    def lines(self) -> list[str]:
+        """The arithmetic as text."""
+        return [f"rollout: {self.prompts} prompts x {self.samples_per_prompt} samples = {self.samples_per_rollout} samples",
+                f"steps:   {self.samples_per_rollout} samples = {self.steps} step(s) x {self.global_batch_size} samples",
+                f"ranks:   {self.global_batch_size} samples a step = {self.dp} data-parallel rank(s) x {self.samples_per_rank} samples"]
+
+
+def batch_arithmetic(config: Config, dp: int) -> BatchPlan:
+    """The plan of a rollout on `dp` data-parallel ranks. Raises ConfigError when the numbers don't come out even."""
+    samples = config.rollout_batch_size * config.n_samples_per_prompt
+    product = f"rollout_batch_size {config.rollout_batch_size} x n_samples_per_prompt {config.n_samples_per_prompt} = {samples} samples"
+    size, steps = config.global_batch_size, config.num_steps_per_rollout
+    if size is not None and steps is not None and size * steps != samples:
+        raise ConfigError([f"global_batch_size {size} x num_steps_per_rollout {steps} = {size * steps}, but {product}; "
+                           "give one of the two only"])
+    if size is None:
+        steps = steps or 1
+        if samples % steps:
+            raise ConfigError([f"{product} don't divide into num_steps_per_rollout {steps} equal steps"])
+        size = samples // steps
+    elif samples % size:
+        raise ConfigError([f"{product} don't divide into steps of global_batch_size {size}"])
+    share = dp if config.use_dynamic_batch_size else dp * config.micro_batch_size
+    if size % share:
+        ranks = f"{dp} data-parallel ranks" + ("" if share == dp else f" x micro_batch_size {config.micro_batch_size}")
+        raise ConfigError([f"global_batch_size {size} does not divide among {ranks}: make it a multiple of {share} "
+                           "(rollout_batch_size, n_samples_per_prompt, num_steps_per_rollout)"])
+    return BatchPlan(config.rollout_batch_size, config.n_samples_per_prompt, samples, samples // size, size, dp, size // dp)
+
+
+def validated(config: Config, environ: Mapping[str, str]) -> Config:
+    """The config with derived values and remarks. Raises ConfigError that lists every contradiction."""
+    problems = [p for check in CHECKS for p in check(config)]
+    if environ.get(RETURN_ORIGINAL, "").lower() in ("1", "true", "yes"):
+        problems.append(f"variable {RETURN_ORIGINAL} makes the engine report logprobs before the temperature, "
+                        "so ratios would be wrong: unset it")
+    try:
+        plan = batch_arithmetic(config, data_parallel_size(config) or 1)
+    except ConfigError as error:
+        problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return _derived(config, plan)
+
+
+def data_parallel_size(config: Config) -> Optional[int]:
+    """Data-parallel ranks as far as the config alone says; None where the number of devices is known only at start."""
+    per_node = config.actor_num_gpus_per_node
+    model = config.tensor_model_parallel_size * config.pipeline_model_parallel_size * config.context_parallel_size
+    if per_node is None or config.actor_num_nodes * per_node % model:
+        return None
+    return config.actor_num_nodes * per_node // model
+
+
+def unsupported(config: Config) -> list[str]:
+    """What is asked for and comes later, a sentence each: `train` refuses to start with any, a dry run lists them."""
+    found = [f"--{_dashes(field.name)} {_shown(value)} ({config.origin.get(field.name, 'set')}): {feature} comes later"
+             for field, option in options(Config)
+             if (feature := option.coming(value := getattr(config, field.name), field.default))]
+    found += [f"--sglang-{_dashes(name)} {_shown(value)}: {SGLANG_LATER[name]} come later"
+              for name, value in config.sglang.items() if name in SGLANG_LATER and (value is True or value not in (None, False, 1, "none"))]
+    experts = config.megatron.get("num_moe_experts") or config.model.get("num_moe_experts")
+    if experts or any(name.startswith("moe_") for name in config.megatron):
+        what = f"{experts} experts" if experts else ", ".join("--" + _dashes(n) for n in config.megatron if n.startswith("moe_"))
+        found.append(f"{what}: mixture-of-experts training comes later")
+    if any(config.megatron.get(name) or config.model.get(name) for name in MLA):
+        found.append("multi-latent attention comes later")
+    if quantization := config.model.get("quantization_config"):
+        method = quantization.get("quant_method", "quantised")
+        found.append(f"--hf-checkpoint {config.hf_checkpoint} holds {method} weights: rollouts in fp8 come later; use the bf16 folder")
+    return found
+
+
+def _shape(config: Config) -> Iterator[str]:
+    model, tp, engine_tp = config.model, config.tensor_model_parallel_size, config.rollout_num_gpus_per_engine
+    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+        if model.get(name) and model[name] % tp and not (name == "num_query_groups" and config.megatron.get("multi_latent_attention")):
+            yield f"tensor_model_parallel_size {tp} does not divide the model's {name} {model[name]}"
+    if config.sglang.get("enable_dp_attention"):
+        replicas = config.sglang.get("dp_size", 1)
+        if engine_tp % replicas:
+            yield f"sglang dp_size {replicas} does not divide rollout_num_gpus_per_engine {engine_tp}"
+            return
+        engine_tp //= replicas
+    elif config.sglang.get("dp_size", 1) > 1:
+        yield f"sglang dp_size {config.sglang['dp_size']} needs --sglang-enable-dp-attention; without it, each engine is one replica"
+    heads, groups = model.get("num_attention_heads"), model.get("num_query_groups")
+    engine = f"rollout_num_gpus_per_engine {config.rollout_num_gpus_per_engine}: attention over {engine_tp} devices"
+    if heads and heads % engine_tp:
+        yield f"{engine} does not divide the model's {heads} heads"
+    elif groups and groups % engine_tp and engine_tp % groups:
+        yield f"{engine} and the model's {groups} KV heads: one must divide the other"
+
+
+def _pipeline(config: Config) -> Iterator[str]:
+    layers, pp = config.model.get("num_layers"), config.pipeline_model_parallel_size
+    ends = [n for n in (config.decoder_first_pipeline_num_layers, config.decoder_last_pipeline_num_layers) if n is not None]
+    if not layers or pp == 1:
+        if ends:
+            yield "decoder_first_pipeline_num_layers and decoder_last_pipeline_num_layers need pipeline_model_parallel_size above 1"
+        return
+    rest, stages = layers - sum(ends), pp - len(ends)
+    if rest < stages or (stages and rest % stages) or (not stages and rest):
+        yield (f"{layers} layers over pipeline_model_parallel_size {pp}: {rest} layers don't divide into {stages} equal stages; "
+               "set --decoder-first-pipeline-num-layers or --decoder-last-pipeline-num-layers")
+
+
+def _placement(config: Config) -> Iterator[str]:
+    per_node, serve, engine = config.actor_num_gpus_per_node, config.rollout_num_gpus, config.rollout_num_gpus_per_engine
+    train = config.actor_num_nodes * per_node if per_node else None
+    tp, pp, cp = config.tensor_model_parallel_size, config.pipeline_model_parallel_size, config.context_parallel_size
+    if train and train % (tp * pp * cp):
+        yield f"{train} training devices are no multiple of tensor {tp} x pipeline {pp} x context {cp} parallel = {tp * pp * cp}"
+    expert = (config.expert_tensor_parallel_size or tp) * config.expert_model_parallel_size * pp
+    if train and config.expert_model_parallel_size > 1 and train % expert:
+        yield f"{train} training devices are no multiple of expert tensor x expert x pipeline parallel = {expert}"
+    if config.loss_type == "sft":
+        return
+    if config.colocate:
+        if serve is not None and serve != train:
+            yield f"rollout_num_gpus {serve} contradicts colocate: all training devices serve too; leave one of the two out"
+        serve = train
+    elif per_node is None or serve is None:
+        yield "without --colocate, give --actor-num-gpus-per-node (devices that train) and --rollout-num-gpus (devices that serve)"
+    if serve and serve % engine:
+        yield f"{serve} serving devices don't divide into engines of rollout_num_gpus_per_engine {engine}"
+
+
+def _algorithm(config: Config) -> Iterator[str]:
+    if config.kl_coef and config.use_kl_loss and config.kl_loss_coef:
+        yield f"kl_coef {config.kl_coef:g} and kl_loss_coef {config.kl_loss_coef:g} would count the KL twice: set one of them to 0"
+    if config.kl_loss_coef and not config.use_kl_loss:
+        yield f"kl_loss_coef {config.kl_loss_coef:g} has no effect without --use-kl-loss: add it, or leave the coefficient out"
+    if config.use_dynamic_batch_size and config.max_tokens_per_gpu is None:
+        yield "use_dynamic_batch_size needs --max-tokens-per-gpu"
+    if config.recompute_granularity == "full" and (config.recompute_method is None or config.recompute_num_layers is None):
+        yield "recompute_granularity full needs --recompute-method and --recompute-num-layers (uniform and 1 save most)"
+    if config.recompute_granularity != "full" and (config.recompute_method or config.recompute_num_layers):
+        yield "recompute_method and recompute_num_layers need --recompute-granularity full"
+    if config.min_lr > config.lr:
+        yield f"min_lr {config.min_lr:g} is above lr {config.lr:g}"
+    if config.over_sampling_batch_size is not None and config.over_sampling_batch_size < config.rollout_batch_size:
+        yield (f"over_sampling_batch_size {config.over_sampling_batch_size} is below rollout_batch_size {config.rollout_batch_size}: "
+               "it must be at least as many")
+    context = config.rollout_max_context_len
+    positions = config.model.get("max_position_embeddings")
+    if context and positions and context > positions:
+        yield f"rollout_max_context_len {context} is above the model's max_position_embeddings {positions}"
+    for name in ("rollout_max_response_len", "eval_max_response_len"):
+        if (length := getattr(config, name)) and (limit := context or positions) and length >= limit and config.loss_type != "sft":
+            yield f"{name} {length} leaves no room for a prompt in a context of {limit} tokens"
+
+
+def _run(config: Config) -> Iterator[str]:
+    if config.hf_checkpoint is None:
+        yield "--hf-checkpoint is required: the Hugging Face folder of the model"
+    if config.num_rollout is None and config.num_epoch is None:
+        yield "--num-rollout or --num-epoch is required"
+    if config.save is None and config.save_interval is not None:
+        yield f"save_interval {config.save_interval} needs --save"
+    if config.ref_load is not None and not Path(config.ref_load).exists():
+        yield f"ref_load {config.ref_load} does not exist"
+    if config.debug_rollout_only and config.debug_train_only:
+        yield "debug_rollout_only and debug_train_only exclude each other"
+    for field, _ in options(Config):
+        value = getattr(config, field.name)
+        if field.name.endswith(("_function_path", "_filter_path", "_rm_path")) and value is not None:
+            yield from _function(field.name, value)
+
+
+def _function(name: str, value: str) -> Iterator[str]:
+    file, colon, function = value.rpartition(":")
+    if colon and not Path(file).is_file():
+        yield f"{name} {value}: there is no file {file}"
+    elif not colon and not re.fullmatch(r"\w+(\.\w+)+", value):
+        yield f"{name} {value} is not of the form module.function or file.py:function"
+    elif not colon and find_spec(value.partition(".")[0]) is None:
+        yield f"{name} {value}: there is no module {value.partition('.')[0]} here (PYTHONPATH?)"
+
+
+def _data(config: Config) -> Iterator[str]:
+    if config.prompt_data is None and not config.debug_train_only:
+        yield "--prompt-data is required"
+    sets = config.eval_prompt_data or ()
+    for name, path in (("prompt_data", config.prompt_data), *(("eval_prompt_data", p) for p in sets[1::2])):
+        if path is not None and not _file(path).is_file():
+            yield f"{name} {path}: there is no such file"
+    if config.eval_interval is not None and not sets and config.eval_config is None:
+        yield f"eval_interval {config.eval_interval} needs --eval-prompt-data"
+    if config.loss_type == "sft":
+        return
+    if config.rm_type is not None and config.label_key is None and config.custom_rm_path is None:
+        yield f"rm_type {config.rm_type} compares with a label: name its key with --label-key"
+    if config.rm_type is None and config.custom_rm_path is None and not _rows_name_reward(config):
+        yield "no reward: give --rm-type or --custom-rm-path, or a rm_type in each prompt's metadata"
+
+
+def _rows_name_reward(config: Config) -> bool:
+    """Whether the first prompt's metadata names its reward. A file that cannot be read is another check's problem."""
+    path = _file(config.prompt_data) if config.prompt_data else None
+    if path is None or path.suffix != ".jsonl" or not path.is_file():
+        return True
+    with path.open(encoding="utf-8", errors="replace") as file:
+        line = next((line for line in file if line.strip()), "")
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return True
+    metadata = row.get(config.metadata_key) if isinstance(row, dict) else None
+    return isinstance(metadata, dict) and bool(metadata.get("rm_type"))
+
+
+def _file(path: str) -> Path:
+    """The path without its slice `@[a:b]`."""
+    return Path(re.sub(r"@\[.*\]$", "", path))
+
+
+CHECKS: tuple[Callable[[Config], Iterator[str]], ...] = (_run, _data, _placement, _shape, _pipeline, _algorithm)
+
+
+def _derived(config: Config, plan: BatchPlan) -> Config:
+    values: dict[str, Any] = dict(global_batch_size=plan.global_batch_size, num_steps_per_rollout=plan.steps)
+    if config.sequence_parallel and config.tensor_model_parallel_size == 1:
+        values["sequence_parallel"] = False
+    changed = {name: "derived" for name, value in values.items() if value != getattr(config, name)}
+    return dataclasses.replace(config, **values, origin={**config.origin, **changed}, notes=(*config.notes, *_remarks(config)))
+
+
+def _remarks(config: Config) -> Iterator[str]:
+    for name, off in (("rollout_top_p", 1.0), ("rollout_top_k", -1)):
+        if getattr(config, name) != off and config.loss_type != "sft":
+            yield f"warning: {name} {getattr(config, name)}: the engine samples from a cut distribution, so the training ratio is wrong"
+    if config.sequence_parallel and config.tensor_model_parallel_size == 1:
+        yield "sequence_parallel is off: it needs tensor_model_parallel_size above 1"
+    if config.use_dynamic_batch_size and config.micro_batch_size != 1:
+        yield f"micro_batch_size {config.micro_batch_size} is ignored with use_dynamic_batch_size"
+    if config.max_tokens_per_gpu is not None and not config.use_dynamic_batch_size:
+        yield f"max_tokens_per_gpu {config.max_tokens_per_gpu} is ignored without use_dynamic_batch_size"
+    if config.eval_prompt_data and config.eval_interval is None:
+        yield "evaluation runs only before and after training: there is no eval_interval"
+    grouped = config.loss_type == "policy_loss" and config.advantage_estimator == "grpo" and not config.disable_rewards_normalization
+    if grouped and config.n_samples_per_prompt == 1:
+        yield "warning: n_samples_per_prompt 1: an advantage is a comparison within a group, so all of them are 0"
+    if config.num_rollout is not None and config.num_epoch is not None:
+        yield f"num_rollout {config.num_rollout} wins over num_epoch {config.num_epoch}"
+
+
+def _dashes(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value).lower() if isinstance(value, bool) else str(value)

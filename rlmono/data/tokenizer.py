@@ -1,0 +1,110 @@
+"""`Tokenizer`: the tokenizer and chat template of an HF folder, and the chat loss mask of supervised fine-tuning."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Optional, Sequence, Union
+
+Messages = list[dict[str, Any]]
+Tools = Optional[list[dict[str, Any]]]
+
+
+class TokenizerError(ValueError):
+    """A folder without a usable tokenizer or template, or a prompt that they cannot render."""
+
+
+class Tokenizer:
+    """Loads from `folder` alone, never from a network. TokenizerError when there is no tokenizer in it."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = str(folder)
+        if not Path(folder).is_dir():
+            raise TokenizerError(f"{Path(folder).absolute()}: no such folder; --hf-checkpoint must be an HF folder with a tokenizer")
+        self.hf = _load(self.folder)
+        self.eos_ids: tuple[int, ...] = _eos_ids(Path(folder), self.hf.eos_token_id)
+        """Ids that end a response, ascending: of generation_config.json (else config.json) and the tokenizer's own."""
+        self.pad_id: Optional[int] = self.hf.pad_token_id
+
+    def __len__(self) -> int:
+        return len(self.hf)
+
+    def render(self, prompt: Union[str, Messages], tools: Tools = None, apply_chat_template: bool = False) -> list[int]:
+        """Token ids of a prompt, ready for the answer. No special tokens are added beside the template's."""
+        if apply_chat_template:
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            return self._encode(self._template(messages, tools, add_generation_prompt=True))
+        if not isinstance(prompt, str):
+            raise TokenizerError("a prompt of messages needs the chat template: set --apply-chat-template")
+        return self._encode(prompt)
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        return self.hf.decode(list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+
+    def chat_with_mask(self, messages: Messages, tools: Tools = None) -> tuple[list[int], list[int]]:
+        """A conversation's ids, and a loss mask of the same length: 1 on what the assistant says and on the token that
+        ends its turn, else 0. TokenizerError where the rendering up to a turn is not a prefix of the whole."""
+        ids = self._encode(self._template(messages, tools, add_generation_prompt=False))
+        mask = [0] * len(ids)
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if not turns:
+            raise TokenizerError("a conversation without a message of the assistant has nothing to learn")
+        for turn in turns:
+            start = self._prefix(ids, messages[:turn], tools, turn, add_generation_prompt=True)
+            end = self._prefix(ids, messages[:turn + 1], tools, turn, add_generation_prompt=False)
+            # What a template writes after the end-of-turn token (a newline, say) is no part of the answer.
+            stops = [i for i in range(start, end) if ids[i] in self.eos_ids]
+            end = stops[-1] + 1 if stops else end
+            mask[start:end] = [1] * (end - start)
+        return ids, mask
+
+    def _prefix(self, ids: list[int], messages: Messages, tools: Tools, turn: int, add_generation_prompt: bool) -> int:
+        """The length of these first messages in tokens, which must be the first of `ids`."""
+        prefix = self._encode(self._template(messages, tools, add_generation_prompt))
+        if prefix != ids[:len(prefix)]:
+            same = next(i for i, (a, b) in enumerate(zip(prefix, [*ids, None], strict=False)) if a != b)
+            raise TokenizerError(
+                f"the chat template of {self.folder} renders message {turn} (assistant) in another way when messages follow it, so its tokens "
+                f"cannot be told apart: {self.decode(prefix[same:same + 12])!r} against {self.decode(ids[same:same + 12])!r} at token {same}. "
+                "Write one conversation for each answer, or use a template that renders a turn always in the same way")
+        return len(prefix)
+
+    def _encode(self, text: str) -> list[int]:
+        try:
+            return self.hf.encode(text, add_special_tokens=False)
+        except Exception as error:      # the Rust side raises bare Exceptions
+            raise TokenizerError(f"the tokenizer of {self.folder} cannot encode {text[:80]!r}: {error}") from error
+
+    def _template(self, messages: Messages, tools: Tools, add_generation_prompt: bool) -> str:
+        if not self.hf.chat_template:
+            raise TokenizerError(f"{self.folder}: the tokenizer has no chat template; add chat_template.jinja, or leave --apply-chat-template out")
+        try:
+            return self.hf.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt)
+        except Exception as error:      # templates are programs: they raise whatever they like
+            roles = ", ".join(str(message.get("role")) for message in messages) or "none"
+            raise TokenizerError(f"the chat template of {self.folder} refuses messages with roles {roles}: {error}") from error
+
+
+def _load(folder: str) -> Any:
+    from transformers import AutoTokenizer  # seconds to import, and it brings torch
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, use_fast=True)
+    except Exception as error:      # missing and malformed files show in many ways
+        files = sorted(path.name for path in Path(folder).iterdir() if "token" in path.name or path.name.startswith("vocab"))
+        raise TokenizerError(f"{folder}: no usable tokenizer (its tokenizer files: {', '.join(files) or 'none'}): {error}") from error
+
+
+def _eos_ids(folder: Path, own: Optional[int]) -> tuple[int, ...]:
+    ids = set() if own is None else {own}
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        if not path.is_file():
+            continue
+        try:
+            found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        except ValueError as error:
+            raise TokenizerError(f"{path}: not JSON: {error}") from error
+        if found is not None:
+            return tuple(sorted(ids | set([found] if isinstance(found, int) else found)))
+    return tuple(sorted(ids))

@@ -1,0 +1,140 @@
+"""A device rank: build its roles, then run the loop of the placement. The loops are the files beside this one."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+
+from rlmono.checkpoint import rng
+from rlmono.checkpoint.store import CheckpointStore
+from rlmono.config.schema import Config
+from rlmono.loop.world import RunPlan, Source, World
+from rlmono.memory.swap import Memory
+from rlmono.world.channel import HostLink
+from rlmono.world.groups import init_pool
+from rlmono.world.messages import TrainBatch
+
+log = logging.getLogger(__name__)
+
+
+def run_device(world: World) -> None:
+    """The whole life of a device rank."""
+    device = _prepare_process(world)
+    trains, serves = world.rank in world.grid.trainers, world.grid.engine_of(world.rank) is not None
+    if trains:
+        from rlmono.trainer import compat
+        compat.prepare()                # megatron before sglang and before any process group
+    plan = world.await_plan()
+    pool = world.grid.pool_of(world.rank)
+    init_pool(world.store, pool, world.rank, device, world.config.start_timeout_s)
+    link = HostLink(world.host_address(), world.rank)
+    if trains and serves:
+        from rlmono.loop.colocated import run
+    elif trains:
+        from rlmono.loop.training import run
+    else:
+        from rlmono.loop.serving import run
+    run(world, plan, link)
+    link.close()
+
+
+def _prepare_process(world: World) -> str:
+    """Threads, the device, and the environment that SGLang and Megatron would set in processes of their own."""
+    if world.device == "cuda":
+        torch.cuda.set_device(world.launch.local_rank)
+    else:
+        devices = world.launch.local_world_size - 1
+        torch.set_num_threads(1 if world.config.deterministic else max(1, (os.cpu_count() or 1) // devices))
+    return world.device
+
+
+def build_trainer(world: World, plan: RunPlan, memory: Memory) -> Any:
+    """The trainer with its weights (and, on resume, its optimizer), and the reference where the config asks for one."""
+    from rlmono.trainer.trainer import Trainer
+    with memory.region("trainer"):
+        trainer = Trainer(world.config, getattr(torch, world.dtype), plan.total_steps)
+        _load_actor(trainer, plan.actor)
+        if trainer.needs_reference():
+            reference = trainer.add_reference()
+            if plan.reference.kind == "hf":
+                trainer.load_hf(Path(plan.reference.folder), reference)
+            else:
+                from rlmono.checkpoint import torch_dist
+                torch_dist.load_weights(reference, Path(plan.reference.folder))
+    return trainer
+
+
+def _load_actor(trainer: Any, source: Source) -> None:
+    if source.kind == "hf":
+        trainer.load_hf(Path(source.folder))
+    else:
+        from rlmono.checkpoint import torch_dist
+        torch_dist.load(trainer, Path(source.folder), source.with_optimizer)
+
+
+def build_engine(world: World, link: HostLink, memory_saver: bool) -> Any:
+    """This rank's part of its engine; collective over the pool."""
+    from rlmono.engine.engine import Engine
+    pool = world.grid.pool_of(world.rank)
+    engines = [[pool.index(r) for r in ranks] for ranks in world.grid.engines]
+    return Engine(world.config, engines, world.launch.local_rank, world.device, world.dtype, link, memory_saver)
+
+
+def restore_random(world: World, plan: RunPlan, engine: Any, trains: bool) -> None:
+    """Random states from the checkpoint, after everything that draws has been built."""
+    if plan.actor.with_optimizer and not rng.load(Path(plan.actor.folder), world.rank, engine.rng if engine else None, trains):
+        log.warning("%s has no random states for rank %d: it was written by another number of ranks, so this run goes its own way", plan.actor.folder, world.rank)
+
+
+def receive_batch(link: HostLink, config: Config, rollout_id: int) -> TrainBatch:
+    """The controller's batch for this rollout. While engines generate, a trainer waits here."""
+    message = link.receive(config.phase_timeout_s, f"the batch of rollout {rollout_id}")
+    if not isinstance(message, TrainBatch) or message.rollout_id != rollout_id:
+        raise RuntimeError(f"expected the batch of rollout {rollout_id}, got {type(message).__name__}")
+    return message
+
+
+class Saver:
+    """This rank's part of every checkpoint."""
+
+    def __init__(self, world: World, plan: RunPlan, link: HostLink, trainer: Any, engine: Any):
+        self.world, self.plan, self.link, self.trainer, self.engine = world, plan, link, trainer, engine
+        self.store = CheckpointStore(world.config, world.attempt) if world.config.save else None
+
+    def save_if_due(self, rollout_id: int) -> None:
+        """Write and report; the controller makes it visible when every rank has reported. Raises OSError that names the folder."""
+        if self.store is None or not self.store.due(rollout_id, self.plan.num_rollout):
+            return
+        folder = self.store.partial(rollout_id)
+        try:
+            if self.trainer is not None:
+                from rlmono.checkpoint import torch_dist
+                torch_dist.save(self.trainer, folder)
+            rng.save(folder, self.world.rank, self.engine.rng if self.engine else None, self.trainer is not None)
+        except (OSError, RuntimeError) as e:
+            raise OSError(f"{folder}: the checkpoint could not be written ({e}); the ones before it are untouched. "
+                          "Free space there, and start again.") from e
+        self._export(rollout_id)
+        self.link.report("saved", rollout_id)
+
+    def _export(self, rollout_id: int) -> None:
+        """--save-hf: the weights as an HF folder, written by the first trainer."""
+        template = self.world.config.save_hf
+        if template is None or self.trainer is None:
+            return
+        from rlmono.weights.hf import save_hf
+        named = ((name, tensor) for bucket in self.trainer.export() for name, tensor in bucket)
+        if self.world.rank == self.world.grid.trainers[0]:
+            save_hf(Path(template.format(rollout_id=rollout_id)), named, Path(self.world.config.hf_checkpoint or ""), getattr(torch, self.world.dtype))
+        else:
+            for _ in named:             # the export is collective
+                pass
+
+
+def ready(link: HostLink, plan: RunPlan, trainer: Optional[Any]) -> None:
+    """Tell the controller that this rank is built."""
+    link.report("ready", plan.start, dp_rank=trainer.data_parallel[0] if trainer is not None else None)

@@ -1,0 +1,241 @@
+r"""A task that a CPU learns in minutes: two-digit addition, where RL finds that showing the working pays.
+
+    python -m rlmono.quickstart make DIR [--seed N]
+
+writes DIR/model (a Qwen3 of one layer and 267k parameters, with a character tokenizer), and jsonl data: sft, train, eval, and
+shuffled (train with labels that are all wrong, as a control). `sft.jsonl` is in training order: 500 steps of 16 worked
+demonstrations `50+12=\boxed{62}`, then 200 steps of a mix of which 60 % are quick estimates `\boxed{50}`, nearly always wrong.
+So supervised fine-tuning teaches the skill, and RL on `reward` selects the behaviour that uses it.
+
+Reward: `rlmono.quickstart.reward`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Iterable, Iterator, Sequence
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from rlmono.data.sample import Sample
+
+# Third-party packages are imported inside functions: reward workers import this module.
+
+FORMAT = 1
+"""Of what `make` writes; another one is not taken for made already."""
+
+PAD, USER, END, ASSISTANT, BOXED = "<pad>", "<|user|>", "<|end|>", "<|assistant|>", "\\boxed{"
+VOCABULARY = [PAD, USER, END, ASSISTANT, BOXED, *"0123456789", *" +-*/=(){}.,?\n",
+              *"abcdefghijklmnopqrstuvwxyz", *"ABCDEFGHIJKLMNOPQRSTUVWXYZ"]
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] not in ['user', 'assistant'] %}"
+    "{{ raise_exception('the roles of this template are user and assistant, not ' + message['role']) }}"
+    "{% endif %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+MODEL: dict[str, Any] = {
+    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "dtype": "float32",
+    "vocab_size": len(VOCABULARY), "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 1,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "hidden_act": "silu",
+    "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "rope_scaling": None, "max_position_embeddings": 512, "max_window_layers": 1,
+    "attention_bias": False, "attention_dropout": 0.0, "use_sliding_window": False, "sliding_window": None, "use_cache": True,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.06,      # 0.02, the usual, learns far slower
+    "bos_token_id": None, "eos_token_id": VOCABULARY.index(END), "pad_token_id": VOCABULARY.index(PAD),
+}
+
+LOW, HIGH = 10, 49
+HELD_OUT = 200
+SFT_BATCH, WORKED_STEPS, MIX_STEPS, MIX_WORKED_SHARE = 16, 500, 200, 0.4
+
+Problem = tuple[int, int]
+
+
+def reward(args: Any, sample: Sample, **kwargs: Any) -> float:
+    r"""1 when the last `\boxed{…}` is the label and the response ends its turn, else 0. (Without the second, a policy can drift
+    to never stopping.)"""
+    answers = re.findall(r"\\boxed\{(-?\d+)\}", sample.response)
+    return float(bool(answers) and answers[-1] == str(sample.label) and sample.response.endswith(END))
+
+
+def make(folder: Path, seed: int = 0) -> bool:
+    """Writes model and data to `folder`, all or nothing; the same bytes for the same seed.
+
+    False when they are there already. ValueError when something else is.
+    """
+    made = {"format": FORMAT, "seed": seed}
+    note = folder / "made.json"
+    if note.is_file() and json.loads(note.read_text()) == made:
+        return False
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        about = f"data made with {note.read_text().strip()}" if note.is_file() else "something else"
+        raise ValueError(f"{folder} has {about}, not {json.dumps(made)}; remove it or name another folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        os.chmod(work, 0o755)
+        write_model(work / "model", seed)
+        write_data(work, seed)
+        (work / "made.json").write_text(json.dumps(made) + "\n")
+        os.replace(work, folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)     # what a failure left; nothing after the rename
+    return True
+
+
+def write_data(folder: Path, seed: int) -> None:
+    """sft.jsonl, train.jsonl, eval.jsonl and shuffled.jsonl; eval shares no pair of numbers with the others, in either order."""
+    import numpy as np
+
+    rng = np.random.default_rng([seed, 1])
+    train, held_out = split_problems(rng)
+    labels = [a + b for a, b in train]
+    _write_rows(folder / "sft.jsonl", sft_rows(train, rng))
+    _write_rows(folder / "train.jsonl", map(_question, train, labels))
+    _write_rows(folder / "eval.jsonl", (_question(problem, sum(problem)) for problem in held_out))
+    _write_rows(folder / "shuffled.jsonl", map(_question, train, wrong_labels(labels, rng)))
+
+
+def split_problems(rng: np.random.Generator) -> tuple[list[Problem], list[Problem]]:
+    """All ordered problems in random order, as train and held out (at least HELD_OUT), apart by unordered pair."""
+    pairs = [(a, b) for a in range(LOW, HIGH + 1) for b in range(a, HIGH + 1)]
+    train: list[Problem] = []
+    held_out: list[Problem] = []
+    for i in rng.permutation(len(pairs)).tolist():
+        a, b = pairs[i]
+        (held_out if len(held_out) < HELD_OUT else train).extend({(a, b), (b, a)})
+    assert not {frozenset(problem) for problem in train} & {frozenset(problem) for problem in held_out}
+    return _shuffled(sorted(train), rng), _shuffled(sorted(held_out), rng)
+
+
+def sft_rows(train: Sequence[Problem], rng: np.random.Generator) -> Iterator[dict[str, Any]]:
+    """Demonstrations in training order: worked ones, then the mix. Problems come round in a new order each time."""
+    mix = MIX_STEPS * SFT_BATCH
+    worked = round(mix * MIX_WORKED_SHARE)
+    styles = [True] * (WORKED_STEPS * SFT_BATCH) + _shuffled([True] * worked + [False] * (mix - worked), rng)
+    rounds = (problem for _ in iter(int, 1) for problem in _shuffled(train, rng))
+    for problem, is_worked in zip(islice(rounds, len(styles)), styles, strict=True):
+        answer = worked_answer(*problem) if is_worked else estimate(*problem)
+        yield {"messages": [_user(problem), {"role": "assistant", "content": answer}], "label": str(sum(problem))}
+
+
+def worked_answer(a: int, b: int) -> str:
+    r"""Tens and units, then the total: `50+12=\boxed{62}` for 27+35."""
+    tens, units = a // 10 * 10 + b // 10 * 10, a % 10 + b % 10
+    return f"{tens}+{units}={BOXED}{a + b}}}"
+
+
+def estimate(a: int, b: int) -> str:
+    r"""Tens only: `\boxed{50}` for 27+35; right for 1 % of the problems."""
+    return f"{BOXED}{a // 10 * 10 + b // 10 * 10}}}"
+
+
+def wrong_labels(labels: Sequence[int], rng: np.random.Generator) -> list[int]:
+    """The labels in a random order in which none is at a place where it is right."""
+    wrong = _shuffled(labels, rng)
+    for i, label in enumerate(labels):
+        while wrong[i] == label:
+            j = int(rng.integers(len(labels)))
+            if wrong[j] != label and labels[j] != label:
+                wrong[i], wrong[j] = wrong[j], wrong[i]
+    return wrong
+
+
+def write_model(folder: Path, seed: int) -> None:
+    """An HF folder: a Qwen3 with fresh weights, normal with `initializer_range`, and its tokenizer."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng([seed, 0])
+    weights = {name: np.ones(shape, np.float32) if len(shape) == 1
+               else rng.normal(0.0, MODEL["initializer_range"], shape).astype(np.float32) for name, shape in weight_shapes().items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    _write_json(folder / "config.json", MODEL)
+    _write_json(folder / "generation_config.json",
+                {"do_sample": True, "temperature": 1.0, "eos_token_id": MODEL["eos_token_id"], "pad_token_id": MODEL["pad_token_id"]})
+    write_tokenizer(folder)
+
+
+def weight_shapes() -> dict[str, tuple[int, ...]]:
+    """HF names and shapes (out, in) of the model's weights; norms have one dimension."""
+    h, f, v, d = MODEL["hidden_size"], MODEL["intermediate_size"], MODEL["vocab_size"], MODEL["head_dim"]
+    q, kv = MODEL["num_attention_heads"] * d, MODEL["num_key_value_heads"] * d
+    layer: dict[str, tuple[int, ...]] = {
+        "input_layernorm": (h,), "self_attn.q_proj": (q, h), "self_attn.k_proj": (kv, h), "self_attn.v_proj": (kv, h),
+        "self_attn.q_norm": (d,), "self_attn.k_norm": (d,), "self_attn.o_proj": (h, q), "post_attention_layernorm": (h,),
+        "mlp.gate_proj": (f, h), "mlp.up_proj": (f, h), "mlp.down_proj": (h, f),
+    }
+    layers = {f"model.layers.{i}.{name}.weight": shape for i in range(MODEL["num_hidden_layers"]) for name, shape in layer.items()}
+    return {"model.embed_tokens.weight": (v, h), **layers, "model.norm.weight": (h,), "lm_head.weight": (v, h)}
+
+
+def write_tokenizer(folder: Path) -> None:
+    r"""A character tokenizer, in the files that AutoTokenizer loads; the template's marks and `\boxed{` are one token each."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    # An unknown token that is not in the vocabulary: a character outside of it is an error, not a guess.
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(VOCABULARY)}, unk_token="<unknown character>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in (PAD, USER, END, ASSISTANT)])
+    tokenizer.add_tokens([AddedToken(BOXED, normalized=False, special=False)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    _write_json(folder / "tokenizer_config.json", {
+        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "pad_token": PAD, "clean_up_tokenization_spaces": False,
+        "additional_special_tokens": [USER, ASSISTANT], "model_max_length": MODEL["max_position_embeddings"], "chat_template": CHAT_TEMPLATE})
+
+
+def _user(problem: Problem) -> dict[str, str]:
+    return {"role": "user", "content": f"{problem[0]}+{problem[1]}"}
+
+
+def _question(problem: Problem, label: int) -> dict[str, Any]:
+    return {"messages": [_user(problem)], "label": str(label)}
+
+
+def _shuffled(items: Sequence[Any], rng: np.random.Generator) -> list[Any]:
+    return [items[i] for i in rng.permutation(len(items)).tolist()]
+
+
+def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m rlmono.quickstart", description="The quickstart's tiny model and arithmetic data.")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    making = verbs.add_parser("make", help="write model and data to a folder")
+    making.add_argument("folder", type=Path)
+    making.add_argument("--seed", type=int, default=0, help="of weights, split and demonstrations (default 0)")
+    arguments = parser.parse_args()
+    try:
+        new = make(arguments.folder, arguments.seed)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{arguments.folder}: {'made' if new else 'already there'} (seed {arguments.seed})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,29 @@
+r"""`--rm-type math`: 1 when math-verify finds the last `\boxed{}` of the response equal to the label, else 0."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from math_verify import LatexExtractionConfig, parse, verify
+
+from rlmono.data.sample import Sample
+from rlmono.rewards.answers import labels_of, last_boxed, normalise
+
+# LaTeX only: its other parser evaluates a response's text as Python.
+_LATEX = (LatexExtractionConfig(boxed_match_priority=0),)
+
+
+def reward(args: Any, sample: Sample, **kwargs: Any) -> float:
+    """1.0 or 0.0. ValueError for a sample without a label. math-verify's own 5 s limits need the main thread."""
+    labels = labels_of(sample)
+    answer = last_boxed(sample.response)
+    if answer is None:
+        return 0.0
+    if any(normalise(label) == normalise(answer) for label in labels):
+        return 1.0
+    target = _parse(answer)
+    return float(any(verify(_parse(label), target) for label in labels))
+
+
+def _parse(answer: str) -> Any:
+    return parse(rf"\boxed{{{answer}}}", extraction_config=_LATEX)

@@ -1,0 +1,66 @@
+"""What a reward pool and its workers say to each other: msgpack messages, each after its length in 4 bytes."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any, Mapping, Optional, Union
+
+import msgspec
+
+from rlmono.data.sample import Sample
+
+LENGTH = struct.Struct("<I")
+
+
+class Setup(msgspec.Struct, array_like=True):
+    """The pool's first message."""
+
+    args: dict[str, Any]
+    paths: list[str]
+    """Functions to load before the first sample."""
+    parent: int
+    """Process id; a worker never outlives it."""
+    memory_limit_bytes: Optional[int] = None
+
+
+class Ready(msgspec.Struct, array_like=True):
+    """The worker's answer to Setup. `problem` is set when a function cannot be loaded; the worker ends then."""
+
+    concurrent: bool = False
+    """The function is async, so samples are worked on at the same time; else one after the other."""
+    problem: Optional[str] = None
+
+
+class Task(msgspec.Struct, array_like=True):
+    """One sample to score with the function at `path`."""
+
+    id: int
+    path: str
+    sample: Sample
+
+
+class Outcome(msgspec.Struct, array_like=True):
+    """A worker's result of a Task: a value, or a remark and what went wrong."""
+
+    id: int
+    value: Union[None, float, dict[str, Any]] = None
+    remark: Optional[str] = None
+    where: str = ""
+    """Tells errors apart: exception type and line."""
+    detail: str = ""
+    """For the log: a traceback, or one sentence."""
+
+
+def frame(message: msgspec.Struct) -> bytes:
+    """A message with its length before it."""
+    data = msgspec.msgpack.encode(message, enc_hook=_plain)
+    return LENGTH.pack(len(data)) + data
+
+
+def _plain(value: Any) -> Any:
+    """Values that msgpack does not know: mappings and numpy scalars as what they stand for, anything else as text."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+        return value.item()
+    return str(value)

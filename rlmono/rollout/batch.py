@@ -1,0 +1,92 @@
+"""From finished groups to what trainers get, and to the rollout's statistics."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from typing import Sequence
+
+import numpy as np
+
+from rlmono.config.schema import Config
+from rlmono.data.sample import TRUNCATED, Group, Sample
+from rlmono.rollout.schedule import plan_rollout
+from rlmono.world.messages import TrainBatch, TrainSample, TrainStep
+
+
+def train_batches(rollout_id: int, groups: Sequence[Group], steps: int, config: Config, data_parallel: int) -> list[TrainBatch]:
+    """One batch for each data-parallel rank. Samples go in order of (group, sample), whatever order they finished in."""
+    samples = sorted((s for g in groups for s in g), key=lambda s: (s.group_index, s.index))
+    packed = [_train_sample(config, s) for s in samples]
+    rewards = [(s.group_index, s.index, s.reward) for s in packed]
+    plan = plan_rollout([len(s.tokens) for s in samples], steps, config, data_parallel)
+    size = len(samples) // steps
+    totals = [sum(_masked_in(s) for s in samples[i * size:(i + 1) * size]) for i in range(steps)]
+    return [TrainBatch(rollout_id, [TrainStep([[packed[i] for i in pack] for pack in plan[k][rank]], size, totals[k]) for k in range(steps)], rewards)
+            for rank in range(data_parallel)]
+
+
+def _train_sample(config: Config, s: Sample) -> TrainSample:
+    mask = s.loss_mask if s.loss_mask is not None else [1] * s.response_length
+    log_probs = s.rollout_log_probs or []
+    if len(mask) != s.response_length or (s.rollout_log_probs is not None and len(log_probs) != s.response_length):
+        raise ValueError(f"sample {s.index}: a response of {s.response_length} tokens with {len(mask)} mask entries and {len(log_probs)} logprobs")
+    return TrainSample(s.index, s.group_index, 0.0 if config.loss_type == "sft" else s.get_reward_value(config),
+                       np.asarray(s.tokens, np.int32).tobytes(), s.response_length, np.asarray(mask, np.uint8).tobytes(),
+                       np.asarray(log_probs, np.float32).tobytes())
+
+
+def _masked_in(s: Sample) -> int:
+    return sum(s.loss_mask) if s.loss_mask is not None else s.response_length
+
+
+def rollout_statistics(groups: Sequence[Group], config: Config) -> dict[str, float]:
+    """rollout/*: rewards, lengths, truncation, repetition, groups without variance, and counted remarks."""
+    samples = [s for g in groups for s in g]
+    rewards = np.array([s.get_reward_value(config) for s in samples])
+    lengths = np.array([s.response_length for s in samples])
+    out = {"rollout/raw_reward": rewards.mean(), "rollout/rewards": rewards.mean(), "rollout/reward_std": rewards.std(),
+           "rollout/response_len/mean": lengths.mean(), "rollout/response_len/max": lengths.max(), "rollout/response_len/min": lengths.min(),
+           "rollout/response_len/median": np.median(lengths), "rollout/truncated_ratio": np.mean([s.status == TRUNCATED for s in samples]),
+           "rollout/repetition_frac": np.mean([has_repetition(s.response) for s in samples]), "rollout/samples": len(samples),
+           "rollout/log_probs": np.mean([np.mean(s.rollout_log_probs) for s in samples if s.rollout_log_probs] or [0.0])}
+    out |= _zero_std(groups, config)
+    out |= {f"rollout/remarks/{name}": n for name, n in Counter(r for s in samples for r in s.remarks).items()}
+    return {k: float(v) for k, v in out.items()}
+
+
+def _zero_std(groups: Sequence[Group], config: Config) -> dict[str, float]:
+    """Groups whose rewards are all equal train nothing: how many, and how many at each reward."""
+    flat = [values[0] for g in groups if len(values := [s.get_reward_value(config) for s in g]) > 1 and max(values) == min(values)]
+    counts = Counter(f"rollout/zero_std/count_{v:g}" for v in flat)
+    return {"rollout/zero_std/ratio": len(flat) / max(len(groups), 1), **{k: float(n) for k, n in counts.items()}}
+
+
+_REPEATED = re.compile(r"(.{20,200}?)\1{3,}\Z", re.DOTALL)
+
+
+def has_repetition(text: str) -> bool:
+    """The text ends with one passage of 20 to 200 characters, four times or more."""
+    return _REPEATED.search(text[-1000:]) is not None
+
+
+def eval_statistics(name: str, groups: Sequence[Group], config: Config) -> dict[str, float]:
+    """eval/<name> and its companions: mean reward, pass@k, truncation, length."""
+    samples = [s for g in groups for s in g]
+    lengths = np.array([s.response_length for s in samples])
+    out = {f"eval/{name}": np.mean([s.get_reward_value(config) for s in samples]),
+           f"eval/{name}/truncated_ratio": np.mean([s.status == TRUNCATED for s in samples]),
+           f"eval/{name}/response_len": lengths.mean(), f"eval/{name}/samples": len(samples)}
+    k = 2
+    while k <= config.n_samples_per_eval_prompt:
+        out[f"eval/{name}/pass_at_{k}"] = np.mean([pass_at_k([s.get_reward_value(config) for s in g], k) for g in groups])
+        k *= 2
+    return {key: float(v) for key, v in out.items()}
+
+
+def pass_at_k(rewards: Sequence[float], k: int) -> float:
+    """Unbiased estimate that one of k samples is right, from n ≥ k of them (Chen et al. 2021, arXiv:2107.03374, eq. 1); right is a reward of 1 or more."""
+    n, c = len(rewards), sum(r >= 1 for r in rewards)
+    if n - c < k:
+        return 1.0
+    return 1.0 - float(np.prod(1.0 - k / np.arange(n - c + 1, n + 1)))

@@ -1,0 +1,148 @@
+"""The controller: the run's program, on host rank 0.
+
+    evaluate if due → collect groups → end the phase when every request has answered → schedule packs → send
+    → metrics → save with the others → next
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import Any, Optional
+
+from rlmono.checkpoint.store import CheckpointStore
+from rlmono.config.schema import Config
+from rlmono.data.sample import Group
+from rlmono.observe.metrics import MetricsLog
+from rlmono.observe.progress import Progress
+from rlmono.observe.samples import write_samples
+from rlmono.rollout.batch import eval_statistics, rollout_statistics, train_batches
+from rlmono.rollout.cluster import Cluster
+from rlmono.rollout.prompts import Prompts
+from rlmono.rollout.sampling import eval_sampling, rollout_sampling
+
+
+class Controller:
+    """One run, from `start` (the first rollout that is not in the checkpoint) to `num_rollout`."""
+
+    def __init__(self, config: Config, cluster: Cluster, prompts: Prompts, checkpoints: Optional[CheckpointStore], metrics: MetricsLog,
+                 progress: Progress, run_dir: Path, start: int):
+        self.config, self.cluster, self.prompts, self.checkpoints = config, cluster, prompts, checkpoints
+        self.metrics, self.progress, self.run_dir, self.start = metrics, progress, run_dir, start
+        self.num_rollout = prompts.num_rollout
+        self._dp_rank: dict[int, int] = {}
+        self._spent: dict[str, float] = {}
+
+    async def run(self) -> None:
+        """The whole run. Every wait inside has a deadline and says who waits for whom."""
+        await self._ready()
+        for rollout_id in range(self.start, self.num_rollout):
+            begun = time.perf_counter()
+            self._spent = {}
+            if self._eval_due(rollout_id):
+                await self.evaluate(rollout_id)
+            groups = await self.collect(rollout_id)
+            self.cluster.end_phase()
+            values = await self.train(rollout_id, groups)
+            values |= await self._save_if_due(rollout_id)
+            values |= await self._updated(rollout_id)
+            self._log(rollout_id, groups, values, time.perf_counter() - begun)
+        if self.config.eval_prompt_data and self.start < self.num_rollout:
+            await self.evaluate(self.num_rollout)
+        self.cluster.end_phase()
+
+    async def _ready(self) -> None:
+        self.progress.phase("start", self.start)
+        c, grid = self.config, self.cluster.grid
+        ready = await self.cluster.reports("ready", self.start, grid.devices, c.start_timeout_s)
+        self._dp_rank = {r: ready[r]["dp_rank"] for r in grid.trainers}
+
+    # ------------------------------------------------------------ generate
+
+    def _eval_due(self, rollout_id: int) -> bool:
+        c = self.config
+        if not c.eval_prompt_data or c.eval_interval is None:
+            return False
+        return not c.skip_eval_before_train if rollout_id == 0 else rollout_id % c.eval_interval == 0
+
+    async def evaluate(self, rollout_id: int) -> None:
+        """All eval sets with the weights of this moment."""
+        begun = time.perf_counter()
+        for name, groups in self.prompts.eval_groups():
+            self.progress.phase(f"evaluate {name}", rollout_id, len(groups))
+            done = await self._run_groups(groups, eval_sampling(self.config, self.prompts.tokenizer.eos_ids), True, f"evaluating {name}")
+            self.metrics.log(rollout_id, eval_statistics(name, done, self.config))
+            self.progress.show(rollout_id, eval_statistics(name, done, self.config))
+            write_samples(self.run_dir / "samples" / f"eval_{name}_{rollout_id}.jsonl", [s for g in done for s in g], self.config.log_samples)
+        self._spent["perf/eval_time"] = time.perf_counter() - begun
+
+    async def collect(self, rollout_id: int) -> list[Group]:
+        """The rollout's groups in submission order, generated and rewarded; in SFT, as the data has them."""
+        begun = time.perf_counter()
+        groups = self.prompts.next_groups()
+        if self.config.loss_type == "sft":
+            return groups
+        self.progress.phase("generate", rollout_id, len(groups))
+        done = await self._run_groups(groups, rollout_sampling(self.config, self.prompts.tokenizer.eos_ids), False, f"generating rollout {rollout_id}")
+        self._spent["perf/rollout_time"] = time.perf_counter() - begun
+        write_samples(self.run_dir / "samples" / f"rollout_{rollout_id}.jsonl", [s for g in done for s in g], self.config.log_samples)
+        return done
+
+    async def _run_groups(self, groups: list[Group], sampling: Any, evaluation: bool, what: str) -> list[Group]:
+        async def run(group: Group) -> Group:
+            done = await self.cluster.run_group(group, sampling, evaluation)
+            self.progress.advance()
+            return done
+        return await self.cluster.gather([run(g) for g in groups], self.config.phase_timeout_s, what)
+
+    # ------------------------------------------------------------ train, save, update
+
+    async def train(self, rollout_id: int, groups: list[Group]) -> dict[str, float]:
+        """Send each trainer its share, and wait for the metrics."""
+        grid, c = self.cluster.grid, self.config
+        self.progress.phase("train", rollout_id)
+        batches = train_batches(rollout_id, groups, self.prompts.steps_per_rollout, c, grid.data_parallel_size)
+        if c.deterministic:
+            self._write_hashes(rollout_id, groups)
+        for rank in grid.trainers:
+            self.cluster.send(rank, batches[self._dp_rank[rank]])
+        trained = await self.cluster.reports("trained", rollout_id, grid.trainers, c.phase_timeout_s)
+        return next(data["metrics"] for data in trained.values() if data["reports"])
+
+    async def _save_if_due(self, rollout_id: int) -> dict[str, float]:
+        if self.checkpoints is None or not self.checkpoints.due(rollout_id, self.num_rollout):
+            return {}
+        begun = time.perf_counter()
+        self.progress.phase("save", rollout_id)
+        await self.cluster.reports("saved", rollout_id, self.cluster.grid.devices, self.config.phase_timeout_s)
+        self.checkpoints.publish(rollout_id, self.prompts.state(rollout_id + 1))
+        return {"perf/save_time": time.perf_counter() - begun}
+
+    async def _updated(self, rollout_id: int) -> dict[str, float]:
+        """The weights that this rollout made are in every engine; the slowest rank's times."""
+        ranks = self.cluster.grid.engine_ranks
+        if not ranks:
+            return {}
+        self.progress.phase("update", rollout_id)
+        done = await self.cluster.reports("updated", rollout_id, ranks, self.config.phase_timeout_s)
+        return {k: max(d[k] for d in done.values()) for k in next(iter(done.values()))}
+
+    def _log(self, rollout_id: int, groups: list[Group], values: dict[str, float], seconds: float) -> None:
+        values = values | self._spent | {"perf/step_time": seconds}
+        if self.config.loss_type != "sft":
+            values |= rollout_statistics(groups, self.config)
+            generated = sum(s.response_length for g in groups for s in g)
+            values["perf/tokens_per_gpu_per_sec"] = generated / self._spent["perf/rollout_time"] / len(self.cluster.grid.engine_ranks)
+        trains = sum(values.get(f"perf/{k}", 0.0) for k in ("train_time", "log_probs_time", "ref_log_probs_time"))
+        values["perf/wait_time_ratio"] = 1 - trains / seconds
+        self.metrics.log(rollout_id, values)
+        self.progress.show(rollout_id, values)
+
+    def _write_hashes(self, rollout_id: int, groups: list[Group]) -> None:
+        """What a resumed run is compared by: every sampled token of the rollout, in order."""
+        tokens = [[s.group_index, s.index, s.tokens, s.rollout_log_probs] for g in groups for s in g]
+        digest = hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
+        with open(self.run_dir / "hashes.jsonl", "a") as f:
+            f.write(json.dumps({"rollout_id": rollout_id, "samples": digest, "data": self.prompts.state(rollout_id + 1)}) + "\n")

@@ -1,0 +1,149 @@
+"""A node's host: its device ranks' socket, its engines, its rewards.
+
+The controller (host rank 0) has the `NodeHost` of its own node in its process, and talks to the others' through the mesh.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import Callable
+
+import msgspec
+import zmq.asyncio
+
+from rlmono.config.schema import Config
+from rlmono.data.sample import FAILED, Sample
+from rlmono.data.tokenizer import Tokenizer
+from rlmono.rewards.load import load_function
+from rlmono.rewards.pool import RewardPool
+from rlmono.rollout.engines import EngineClient
+from rlmono.rollout.generate import GenerateState, generate, request_seed
+from rlmono.rollout.tasks import cancel, send_now, while_healthy
+from rlmono.world.channel import HostMesh, PrivateFolder, bind_devices
+from rlmono.world.messages import EndPhase, GroupDone, Heartbeat, Message, Outputs, Relay, RunGroup, decode, encode
+from rlmono.world.roles import RankGrid
+
+log = logging.getLogger(__name__)
+HEARTBEAT_S = 2.0
+
+
+class NodeHost:
+    """One node. `upward(rank, message)` takes what its device ranks have to say to the controller."""
+
+    def __init__(self, config: Config, grid: RankGrid, rank: int, folder: PrivateFolder, context: zmq.asyncio.Context,
+                 upward: Callable[[int, Message], None]):
+        self.config, self.grid, self.rank, self._upward = config, grid, rank, upward
+        self._router = bind_devices(context, folder.address)
+        self.engines: dict[int, EngineClient] = {}
+        self._by_rank: dict[int, EngineClient] = {}
+        self.serves = bool(grid.engines)
+        if not self.serves:
+            return
+        self.tokenizer = Tokenizer(config.hf_checkpoint or "")
+        self.rewards = RewardPool(config)
+        self._generate = load_function(config.custom_generate_function_path) if config.custom_generate_function_path else generate
+        for i, ranks in enumerate(grid.engines):
+            if grid.node_of(ranks[0]) == grid.node_of(rank):
+                self.engines[i] = self._by_rank[ranks[0]] = self._client(i, ranks[0])
+
+    def _client(self, engine: int, first_rank: int) -> EngineClient:
+        return EngineClient(f"engine {engine} (rank {first_rank})", lambda m: self._send(first_rank, encode(m)), self.config.sglang_server_concurrency)
+
+    async def start(self) -> None:
+        if self.serves:
+            await self.rewards.start()
+
+    async def close(self) -> None:
+        if self.serves:
+            await self.rewards.close()
+        self._router.close()
+
+    async def read_devices(self) -> None:
+        """For ever: answers go to their engine's client, everything else up to the controller."""
+        while True:
+            identity, payload = await self._router.recv_multipart()
+            rank, message = int(identity), decode(payload)
+            if isinstance(message, Outputs):
+                self._by_rank[rank].deliver(message)
+            else:
+                self._upward(rank, message)
+
+    def to_device(self, rank: int, payload: bytes) -> None:
+        """A message of the controller for a device rank of this node; EndPhase is first checked against what still waits."""
+        if rank in self._by_rank and isinstance(decode(payload), EndPhase):
+            self._by_rank[rank].end_phase()
+        else:
+            self._send(rank, payload)
+
+    def _send(self, rank: int, payload: bytes) -> None:
+        send_now(self._router, [str(rank).encode(), payload])
+
+    async def run_group(self, job: RunGroup) -> GroupDone:
+        """Generate and reward one group. A fault in a user's generate function ends the group with its text, never silently."""
+        started = time.perf_counter()
+        try:
+            samples = await asyncio.gather(*(self._run_sample(job, s) for s in job.samples))
+        except Exception as e:
+            log.exception("group %d failed", job.samples[0].group_index)
+            return GroupDone(job.job, [], error=f"{type(e).__name__}: {e}")
+        return GroupDone(job.job, list(samples), seconds=time.perf_counter() - started)
+
+    async def _run_sample(self, job: RunGroup, sample: Sample) -> Sample:
+        c, sampling = self.config, job.sampling
+        if c.deterministic:
+            seed = request_seed(c.rollout_seed, job.evaluation, sample.group_index, sample.index)
+            sampling = msgspec.structs.replace(sampling, seed=seed)
+        state = GenerateState(self.engines[job.engine], self.tokenizer, c.phase_timeout_s)
+        sample = await self._generate(c, sample, sampling, state)
+        if sample.status != FAILED:
+            result = await self.rewards.score(sample)
+            sample.reward = result.value
+            if result.remark:
+                sample.remarks = [*sample.remarks, result.remark]
+        return sample
+
+
+async def serve_node(host: NodeHost, mesh: HostMesh, timeout_s: float) -> None:
+    """The program of every host but the controller's: do what comes over the mesh until the controller says goodbye.
+
+    Raises TimeoutError when the controller is silent for `timeout_s`.
+    """
+    inbox: asyncio.Queue[Message] = asyncio.Queue()
+    up = lambda message: send_now(mesh.socket, [encode(message)])  # noqa: E731
+    host._upward = lambda rank, message: up(Relay(rank, msgspec.Raw(encode(message))))
+
+    async def read_mesh() -> None:
+        while True:
+            try:
+                payload = await asyncio.wait_for(mesh.socket.recv(), timeout_s)
+            except asyncio.TimeoutError:
+                raise TimeoutError(f"host rank {host.rank}: nothing from the controller within {timeout_s:g} s; its node is taken for dead") from None
+            message = decode(payload)
+            if not isinstance(message, Heartbeat):
+                inbox.put_nowait(message)
+
+    async def beat() -> None:
+        while True:
+            up(Heartbeat())
+            await asyncio.sleep(HEARTBEAT_S)
+
+    async def run(job: RunGroup) -> None:
+        up(await host.run_group(job))
+
+    running: set[asyncio.Task[None]] = set()
+    background = [asyncio.create_task(x, name=x.__name__) for x in (read_mesh(), beat(), host.read_devices())]
+    try:
+        while True:
+            message = await while_healthy(inbox.get(), background, None, "serving the controller")
+            if isinstance(message, RunGroup):
+                task = asyncio.create_task(run(message))
+                running.add(task)
+                task.add_done_callback(running.discard)
+            elif isinstance(message, Relay) and message.rank == host.rank:
+                return                  # goodbye
+            elif isinstance(message, Relay):
+                host.to_device(message.rank, bytes(message.payload))
+    finally:
+        await cancel([*background, *running])

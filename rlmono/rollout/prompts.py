@@ -1,0 +1,115 @@
+"""The run's prompts: groups for rollouts in their order, groups for evaluation, and how long the run is."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Iterator, Optional
+
+from rlmono.config.schema import Config
+from rlmono.data.cursor import DataCursor
+from rlmono.data.prompts import DataError, Prompt, PromptSource
+from rlmono.data.sample import COMPLETED, Group, Sample
+from rlmono.data.tokenizer import Tokenizer
+
+LABELLED = ("deepscaler", "math")
+"""Rewards that compare with a label."""
+
+
+class Prompts:
+    """Sources and cursor. Building it reads and checks every prompt file. Raises DataError or TokenizerError with file and line."""
+
+    def __init__(self, config: Config, tokenizer: Tokenizer):
+        self.config, self.tokenizer = config, tokenizer
+        assert config.prompt_data is not None
+        self.source = self._source(config.prompt_data, config.input_key, config.label_key, limited=True)
+        self.cursor = DataCursor(self.source, seed=config.rollout_seed, shuffle=config.rollout_shuffle,
+                                 samples_per_prompt=config.n_samples_per_prompt)
+        names = config.eval_prompt_data or ()
+        self.eval_sources = {name: self._source(path, config.eval_input_key or config.input_key, config.eval_label_key or config.label_key, limited=False)
+                             for name, path in zip(names[::2], names[1::2], strict=True)}
+
+    def _source(self, path: str, input_key: str, label_key: Optional[str], limited: bool) -> PromptSource:
+        c = self.config
+        sft = c.loss_type == "sft"
+        limit = c.rollout_max_prompt_len if limited else None
+        return PromptSource(path, input_key=input_key, label_key=label_key, metadata_key=c.metadata_key, tool_key=c.tool_key,
+                            label_required=not sft and c.custom_rm_path is None and c.rm_type in LABELLED, skip_bad_rows=c.skip_bad_rows,
+                            length_limit=limit, length_of=self._length if limit is not None else None)
+
+    def _length(self, prompt: Prompt) -> int:
+        return len(self._prompt_tokens(prompt))
+
+    def _prompt_tokens(self, prompt: Prompt) -> list[int]:
+        tokens = self.tokenizer.render(prompt.prompt, prompt.tools, self.config.apply_chat_template)
+        if not tokens:
+            raise DataError("the prompt tokenises to nothing")
+        return tokens
+
+    @property
+    def num_rollout(self) -> int:
+        """--num-rollout, else as many as --num-epoch needs."""
+        c = self.config
+        if c.num_rollout is not None:
+            return c.num_rollout
+        assert c.num_epoch is not None
+        return math.ceil(c.num_epoch * len(self.source) / c.rollout_batch_size)
+
+    @property
+    def steps_per_rollout(self) -> int:
+        c = self.config
+        if c.num_steps_per_rollout is not None:
+            return c.num_steps_per_rollout
+        return c.rollout_batch_size * c.n_samples_per_prompt // c.global_batch_size if c.global_batch_size else 1
+
+    # ------------------------------------------------------------ groups
+
+    def next_groups(self) -> list[Group]:
+        """The next rollout's groups, numbered over the whole run; in SFT with the data's own answers as responses."""
+        group, sample = self.cursor.groups, self.cursor.samples
+        out = []
+        for row in self.cursor.next(self.config.rollout_batch_size):
+            out.append(self._group(self.source, row, group, sample, self.config.n_samples_per_prompt))
+            group, sample = group + 1, sample + self.config.n_samples_per_prompt
+        return out
+
+    def eval_groups(self) -> Iterator[tuple[str, list[Group]]]:
+        """(name, groups) of each eval set; the same numbers every time, so that the same seeds are drawn."""
+        n = self.config.n_samples_per_eval_prompt
+        for name, source in self.eval_sources.items():
+            yield name, [self._group(source, row, row, row * n, n) for row in range(len(source))]
+
+    def _group(self, source: PromptSource, row: int, group: int, sample: int, n: int) -> Group:
+        prompt = source.row(row)
+        where = f"{source.path}:{prompt.line}"
+        try:
+            if self.config.loss_type == "sft":
+                return [self._conversation(prompt, group, sample)]
+            tokens = self._prompt_tokens(prompt)
+        except ValueError as e:
+            raise DataError(f"{where}: {e}") from e
+        longest = self.config.rollout_max_context_len or self.config.model["max_position_embeddings"]
+        if len(tokens) >= longest:
+            raise DataError(f"{where}: the prompt has {len(tokens)} tokens, and the context ends at {longest}; drop such prompts with --rollout-max-prompt-len")
+        return [Sample(index=sample + i, group_index=group, prompt=prompt.prompt, tokens=list(tokens), label=prompt.label,
+                       metadata={**prompt.metadata, "source": where}, tools=prompt.tools) for i in range(n)]
+
+    def _conversation(self, prompt: Prompt, group: int, sample: int) -> Sample:
+        """A row of SFT data: what comes from the first learned token on is the response."""
+        if isinstance(prompt.prompt, str):
+            raise DataError("SFT needs conversations: a list of messages with the assistant's answers, not a string")
+        ids, mask = self.tokenizer.chat_with_mask(prompt.prompt, prompt.tools)
+        longest = self.config.rollout_max_context_len or self.config.model["max_position_embeddings"]
+        if len(ids) > longest:
+            raise DataError(f"the conversation has {len(ids)} tokens, and the context ends at {longest}")
+        first = mask.index(1)
+        return Sample(index=sample, group_index=group, prompt=prompt.prompt, tokens=ids, response_length=len(ids) - first,
+                      response=self.tokenizer.decode(ids[first:]), loss_mask=mask[first:], status=COMPLETED)
+
+    # ------------------------------------------------------------ checkpoint
+
+    def state(self, next_rollout: int) -> dict[str, Any]:
+        """What a checkpoint keeps of the data: everything before `next_rollout` has been given out."""
+        return {"next_rollout": next_rollout, "cursor": self.cursor.state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.cursor.restore(state["cursor"])
