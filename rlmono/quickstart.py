@@ -19,9 +19,10 @@ import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,7 +49,7 @@ CHAT_TEMPLATE = (
 )
 
 MODEL: dict[str, Any] = {
-    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "dtype": "float32",
+    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "torch_dtype": "float32",
     "vocab_size": len(VOCABULARY), "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 1,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "hidden_act": "silu",
     "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "rope_scaling": None, "max_position_embeddings": 512, "max_window_layers": 1,
@@ -165,6 +166,7 @@ def write_model(folder: Path, seed: int) -> None:
     weights = {name: np.ones(shape, np.float32) if len(shape) == 1
                else rng.normal(0.0, MODEL["initializer_range"], shape).astype(np.float32) for name, shape in weight_shapes().items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    os.chmod(folder / "model.safetensors", 0o644)       # safetensors makes it private
     _write_json(folder / "config.json", MODEL)
     _write_json(folder / "generation_config.json",
                 {"do_sample": True, "temperature": 1.0, "eos_token_id": MODEL["eos_token_id"], "pad_token_id": MODEL["pad_token_id"]})

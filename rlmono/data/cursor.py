@@ -18,7 +18,7 @@ class DataCursor:
 
     def __init__(self, source: PromptSource, *, seed: int, shuffle: bool, samples_per_prompt: int = 1) -> None:
         self._source, self._seed, self._shuffle, self._samples_per_prompt = source, seed, shuffle, samples_per_prompt
-        self._order: tuple[int, Optional[np.ndarray]] = (-1, None)
+        self._order: tuple[int, np.ndarray | None] = (-1, None)
         self.epoch = 0
         self.position = 0
         """Rows of this epoch that were given out."""
@@ -55,9 +55,9 @@ class DataCursor:
         """Go on where `state` was taken; DataError for the state of other data or of another order."""
         here, there = self._source.identity(), state["data"]
         if here["fingerprint"] != there["fingerprint"]:
-            raise DataError(f"the checkpoint is in the middle of other prompt data: it read {_describe(there)}, and {self._source.spec} has "
-                            f"{_describe(here)}. Resume with the same --prompt-data and --rollout-max-prompt-len, or start over the data with "
-                            "--finetune")
+            raise DataError(f"the checkpoint is in the middle of other prompt data: it read {_describe(there)}, and {self._source.spec} "
+                            f"has {_describe(here)}. Resume with the same --prompt-data and --rollout-max-prompt-len, or start over the "
+                            "data with --finetune")
         if state["order"] != self._order_identity():
             raise DataError(f"the checkpoint takes prompts in another order: it has {_order(state['order'])}, this run "
                             f"{_order(self._order_identity())}. Resume with the same, or start over the data with --finetune")

@@ -11,8 +11,9 @@ import logging
 import os
 import re
 import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Callable, Iterator, Optional, Union
+from typing import Any, Optional, Union
 
 import msgspec
 import numpy as np
@@ -32,10 +33,10 @@ class DataError(ValueError):
 class Prompt(msgspec.Struct, frozen=True):
     """One row. `prompt` is a string or OpenAI messages; `line` counts from 1 in the file."""
 
-    prompt: Union[str, Messages]
+    prompt: str | Messages
     label: Any = None
     metadata: dict[str, Any] = {}
-    tools: Optional[list[dict[str, Any]]] = None
+    tools: list[dict[str, Any]] | None = None
     line: int = 0
 
 
@@ -47,9 +48,9 @@ class PromptSource:
     above it are dropped and counted; a ValueError of `length_of` makes the row a bad one.
     """
 
-    def __init__(self, path: str, *, input_key: str = "input", label_key: Optional[str] = None, metadata_key: str = "metadata",
-                 tool_key: Optional[str] = None, label_required: bool = False, skip_bad_rows: bool = False,
-                 length_limit: Optional[int] = None, length_of: Optional[Callable[[Prompt], int]] = None) -> None:
+    def __init__(self, path: str, *, input_key: str = "input", label_key: str | None = None, metadata_key: str = "metadata",
+                 tool_key: str | None = None, label_required: bool = False, skip_bad_rows: bool = False,
+                 length_limit: int | None = None, length_of: Callable[[Prompt], int] | None = None) -> None:
         if label_required and label_key is None:
             raise DataError(f"{path}: the reward needs a label; name its key with --label-key")
         self.spec = path
@@ -89,7 +90,7 @@ class PromptSource:
         fingerprint = hashlib.blake2b(self._digest + np.ascontiguousarray(self._numbers).tobytes(), digest_size=16)
         return {"name": os.path.basename(self.path), "rows": len(self), "fingerprint": fingerprint.hexdigest()}
 
-    def _check(self, skip_bad_rows: bool, limit: Optional[int], length_of: Optional[Callable[[Prompt], int]]) -> Iterator[bool]:
+    def _check(self, skip_bad_rows: bool, limit: int | None, length_of: Callable[[Prompt], int] | None) -> Iterator[bool]:
         """Whether to keep each row, in order; collects `bad_rows` and `too_long`."""
         for i in range(len(self._starts)):
             try:
@@ -106,7 +107,7 @@ class PromptSource:
             self.too_long += too_long
             yield not too_long
 
-    def _keep(self, kept: np.ndarray, limit: Optional[int]) -> None:
+    def _keep(self, kept: np.ndarray, limit: int | None) -> None:
         total = len(kept)
         if self.bad_rows:
             more = [f"and {len(self.bad_rows) - LISTED_ROWS} more"] if len(self.bad_rows) > LISTED_ROWS else []
@@ -179,7 +180,7 @@ def _index(path: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, bytes]:
     return np.array(starts, np.int64), np.array(sizes, np.int64), np.array(numbers, np.int32), digest.digest()
 
 
-def _prompt(value: Any, key: str) -> Union[str, Messages]:
+def _prompt(value: Any, key: str) -> str | Messages:
     """A prompt, checked: a string that is not empty, or messages with a role and content each."""
     if isinstance(value, str):
         if not value:
@@ -200,7 +201,7 @@ def _prompt(value: Any, key: str) -> Union[str, Messages]:
     return value
 
 
-def _tools(value: Any, key: str) -> Optional[list[dict[str, Any]]]:
+def _tools(value: Any, key: str) -> list[dict[str, Any]] | None:
     """Tools as a list of objects, or as a string that holds such a list (columnar formats store them so)."""
     try:
         tools = msgspec.json.decode(value) if isinstance(value, str) else value

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Optional, Sequence, Union
+from typing import Any, Optional, Union
 
 Messages = list[dict[str, Any]]
 Tools = Optional[list[dict[str, Any]]]
@@ -24,12 +25,12 @@ class Tokenizer:
         self.hf = _load(self.folder)
         self.eos_ids: tuple[int, ...] = _eos_ids(Path(folder), self.hf.eos_token_id)
         """Ids that end a response, ascending: of generation_config.json (else config.json) and the tokenizer's own."""
-        self.pad_id: Optional[int] = self.hf.pad_token_id
+        self.pad_id: int | None = self.hf.pad_token_id
 
     def __len__(self) -> int:
         return len(self.hf)
 
-    def render(self, prompt: Union[str, Messages], tools: Tools = None, apply_chat_template: bool = False) -> list[int]:
+    def render(self, prompt: str | Messages, tools: Tools = None, apply_chat_template: bool = False) -> list[int]:
         """Token ids of a prompt, ready for the answer. No special tokens are added beside the template's."""
         if apply_chat_template:
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -95,7 +96,7 @@ def _load(folder: str) -> Any:
         raise TokenizerError(f"{folder}: no usable tokenizer (its tokenizer files: {', '.join(files) or 'none'}): {error}") from error
 
 
-def _eos_ids(folder: Path, own: Optional[int]) -> tuple[int, ...]:
+def _eos_ids(folder: Path, own: int | None) -> tuple[int, ...]:
     ids = set() if own is None else {own}
     for name in ("generation_config.json", "config.json"):
         path = folder / name

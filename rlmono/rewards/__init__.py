@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Mapping, Optional
+from collections.abc import Mapping
+from typing import Any, Optional
 
 REWARDS: dict[str, str] = {
     "deepscaler": "rlmono.rewards.deepscaler.reward",
@@ -15,7 +16,7 @@ class RewardError(ValueError):
     """There is no usable reward; the message names the option and the remedy."""
 
 
-def reward_path(args: Any, metadata: Optional[Mapping[str, Any]] = None) -> str:
+def reward_path(args: Any, metadata: Mapping[str, Any] | None = None) -> str:
     """The path of the reward function of a sample: `--custom-rm-path`, else its metadata's `rm_type`, else `--rm-type`."""
     if args.custom_rm_path:
         return str(args.custom_rm_path)
@@ -26,8 +27,3 @@ def reward_path(args: Any, metadata: Optional[Mapping[str, Any]] = None) -> str:
     if rm_type not in REWARDS:
         raise RewardError(f"{source} is {rm_type!r}, but must be one of {', '.join(REWARDS)}; anything else goes in with --custom-rm-path")
     return REWARDS[rm_type]
-
-
-def label_required(args: Any) -> bool:
-    """Whether every prompt must have a label: the rewards of `REWARDS` compare with it; a user's own may not."""
-    return bool(args.rm_type) and not args.custom_rm_path

@@ -33,7 +33,7 @@ _RULES: tuple[tuple[re.Pattern[str], str], ...] = tuple((re.compile(pattern), re
 ))
 
 
-def last_boxed(text: str) -> Optional[str]:
+def last_boxed(text: str) -> str | None:
     r"""What stands in the last `\boxed{…}` (or `\fbox{…}`) of a text; None without one, or when it is cut off."""
     opened = list(re.finditer(r"\\f?boxed\s*\{", text))
     if not opened:
@@ -64,14 +64,18 @@ def labels_of(sample: Sample) -> list[str]:
     raw = sample.label if isinstance(sample.label, (list, tuple)) else [sample.label]
     labels = [_text(label, sample) for label in raw if label is not None and label != ""]
     if not labels:
-        prompt = sample.prompt if isinstance(sample.prompt, str) else str(sample.prompt[-1].get("content")) if sample.prompt else ""
-        raise ValueError(f"sample {sample.index} (prompt {sample.group_index}: {prompt[:80]!r}) has no label; set --label-key to the key that holds it")
+        raise ValueError(f"{_where(sample)} has no label; set --label-key to the key that holds it")
     return labels
+
+
+def _where(sample: Sample) -> str:
+    """The sample's line in the prompt file, where the controller has noted it, else its number."""
+    return str(sample.metadata.get("source") or f"sample {sample.index} (prompt {sample.group_index})")
 
 
 def _text(label: Any, sample: Sample) -> str:
     if isinstance(label, bool) or not isinstance(label, (str, int, float)):
-        raise ValueError(f"the label of sample {sample.index} must be a string, a number, or a list of them, not {label!r}")
+        raise ValueError(f"the label of {_where(sample)} must be a string, a number, or a list of them, not {label!r}")
     text = str(int(label)) if isinstance(label, float) and label.is_integer() else str(label)
     boxed = last_boxed(text)
     return text if boxed is None else boxed

@@ -1,7 +1,7 @@
 r"""`--rm-type deepscaler`: 1 when the last `\boxed{}` after the thinking equals the label, as text or symbolically, else 0.
 
-The rules of DeepScaleR's reward: the answer stands after `</think>`, else after `###Response`, else there is none. An integer label wants an
-integer (`\boxed{27+35}` is no answer to 62), a fraction wants the same fraction, a tuple its elements in order.
+The rules of DeepScaleR's reward: the answer stands after `</think>`, else after `###Response`, else there is none. An integer
+label wants an integer (`\boxed{27+35}` is no answer to 62), a fraction wants the same fraction, a tuple its elements in order.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import logging
 import re
 from typing import Any, Optional
 
-import sympy
-from latex2sympy2_extended import latex2sympy
+import sympy  # type: ignore[import-untyped]
+from latex2sympy2_extended import latex2sympy  # type: ignore[import-untyped]
 
 from rlmono.data.sample import Sample
 from rlmono.rewards.answers import labels_of, last_boxed, normalise
@@ -32,7 +32,7 @@ def reward(args: Any, sample: Sample, **kwargs: Any) -> float:
     return float(answer is not None and any(_equal(normalise(label), normalise(answer)) for label in labels))
 
 
-def _answer(response: str) -> Optional[str]:
+def _answer(response: str) -> str | None:
     for mark in ("</think>", "###Response"):
         if mark in response:
             return last_boxed(response.rpartition(mark)[2])

@@ -8,16 +8,17 @@ import hashlib
 import importlib
 import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Callable
+from typing import Any
 
 
 class LoadError(ValueError):
     """A function cannot be loaded; the message says what is missing, and what is there instead."""
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def load_function(path: str) -> Callable[..., Any]:
     """The function at `path`. LoadError for a missing file, module or name, and for a module that fails on import."""
     file, colon, name = path.rpartition(":")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from math_verify import LatexExtractionConfig, parse, verify
+from math_verify import LatexExtractionConfig, parse, verify  # type: ignore[import-untyped]
 
 from rlmono.data.sample import Sample
 from rlmono.rewards.answers import labels_of, last_boxed, normalise

@@ -28,8 +28,8 @@ RESTARTS = 3
 class RewardResult(NamedTuple):
     """`value` as the reward gave it (0.0, or {reward_key: 0.0}, after a failure), and the failure's remark."""
 
-    value: Union[float, dict[str, Any]]
-    remark: Optional[str] = None
+    value: float | dict[str, Any]
+    remark: str | None = None
 
 
 class RewardPool:
@@ -39,17 +39,17 @@ class RewardPool:
     worker. `memory_limit_bytes` bounds a worker's address space. `outcomes` counts remarks (and "ok"), for the metrics.
     """
 
-    def __init__(self, args: Any, *, memory_limit_bytes: Optional[int] = None) -> None:
+    def __init__(self, args: Any, *, memory_limit_bytes: int | None = None) -> None:
         self.outcomes: Counter[str] = Counter()
         self._args = args
         self._memory_limit_bytes = memory_limit_bytes
-        self._failed: Union[float, dict[str, Any]] = {args.reward_key: 0.0} if args.reward_key else 0.0
+        self._failed: float | dict[str, Any] = {args.reward_key: 0.0} if args.reward_key else 0.0
         self._queue: deque[Item] = deque()
         self._workers: list[RemoteWorker] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._ids = itertools.count()
-        self._logged: set[tuple[Optional[str], str]] = set()
-        self._broken: Optional[RewardError] = None
+        self._logged: set[tuple[str | None, str]] = set()
+        self._broken: RewardError | None = None
         self._feeding = False
 
     async def start(self) -> None:
@@ -82,7 +82,7 @@ class RewardPool:
         self._feed_soon()
         outcome = await item.future
         self.outcomes[outcome.remark or "ok"] += 1
-        if outcome.remark is None:
+        if outcome.value is not None:
             return RewardResult(outcome.value)
         self._log_once(outcome, item)
         return RewardResult(dict(self._failed) if isinstance(self._failed, dict) else self._failed, outcome.remark)
@@ -132,9 +132,10 @@ class RewardPool:
                 await self._restart(worker)
                 self._feed_soon()
         except Exception as error:
-            self._break(error if isinstance(error, RewardError) else RewardError(f"the reward pool failed: {type(error).__name__}: {error}"))
-            if not isinstance(error, RewardError):
-                raise
+            if isinstance(error, RewardError):
+                return self._break(error)
+            self._break(RewardError(f"the reward pool failed: {type(error).__name__}: {error}"))
+            raise
 
     async def _restart(self, worker: RemoteWorker) -> None:
         for attempt in range(1, RESTARTS + 1):

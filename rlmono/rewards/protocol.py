@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import struct
-from typing import Any, Mapping, Optional, Union
+from collections.abc import Mapping
+from typing import Any, Optional, Union
 
 import msgspec
 
@@ -20,7 +21,7 @@ class Setup(msgspec.Struct, array_like=True):
     """Functions to load before the first sample."""
     parent: int
     """Process id; a worker never outlives it."""
-    memory_limit_bytes: Optional[int] = None
+    memory_limit_bytes: int | None = None
 
 
 class Ready(msgspec.Struct, array_like=True):
@@ -28,7 +29,7 @@ class Ready(msgspec.Struct, array_like=True):
 
     concurrent: bool = False
     """The function is async, so samples are worked on at the same time; else one after the other."""
-    problem: Optional[str] = None
+    problem: str | None = None
 
 
 class Task(msgspec.Struct, array_like=True):
@@ -43,8 +44,8 @@ class Outcome(msgspec.Struct, array_like=True):
     """A worker's result of a Task: a value, or a remark and what went wrong."""
 
     id: int
-    value: Union[None, float, dict[str, Any]] = None
-    remark: Optional[str] = None
+    value: None | float | dict[str, Any] = None
+    remark: str | None = None
     where: str = ""
     """Tells errors apart: exception type and line."""
     detail: str = ""

@@ -53,7 +53,7 @@ class RemoteWorker:
     def __init__(self, setup: Setup, timeout_s: float) -> None:
         self.in_flight: dict[int, Item] = {}
         self._setup, self._timeout_s = setup, timeout_s
-        self._process: Optional[asyncio.subprocess.Process] = None
+        self._process: asyncio.subprocess.Process | None = None
         self._buffer = bytearray()
         self._concurrent = False
         self._ready = False
@@ -79,8 +79,9 @@ class RemoteWorker:
         ready = msgspec.msgpack.decode(frames[0], type=Ready) if frames else None
         if ready is None or ready.problem is not None:
             _, _, death = await self.bury()
-            raise RewardError(f"the reward cannot be loaded: {ready.problem}" if ready is not None and ready.problem
-                              else f"the reward worker ended while it imported {_functions(self._setup)}: {death.detail}; its output has more")
+            if ready is not None:
+                raise RewardError(f"the reward cannot be loaded: {ready.problem}")
+            raise RewardError(f"a reward worker died while it imported {_functions(self._setup)}: {death.detail}; its output says more")
         self._concurrent, self._ready = ready.concurrent, True
 
     @property
@@ -187,7 +188,7 @@ class RemoteWorker:
         except ProcessLookupError:
             logger.debug("reward worker %d has already ended", self._process.pid)
 
-    async def _wait(self, timeout_s: float) -> Optional[int]:
+    async def _wait(self, timeout_s: float) -> int | None:
         """The exit code, or None when the process has not ended in time; it is killed then."""
         assert self._process is not None
         try:
@@ -203,7 +204,7 @@ def _functions(setup: Setup) -> str:
     return ", ".join(setup.paths) or "nothing"
 
 
-def _ending(code: Optional[int]) -> str:
+def _ending(code: int | None) -> str:
     if code is None:
         return "without a trace"
     return f"with {signal.Signals(-code).name} (SIGKILL can mean that memory ran out)" if code < 0 else f"with exit code {code}"

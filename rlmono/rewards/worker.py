@@ -16,8 +16,9 @@ import resource
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any, BinaryIO, Callable, Optional
+from typing import Any, BinaryIO, Optional
 
 import msgspec
 
@@ -102,7 +103,7 @@ async def _wait(result: Any) -> Any:
     return await result
 
 
-def _outcome(id: int, result: Any, key: Optional[str]) -> Outcome:
+def _outcome(id: int, result: Any, key: str | None) -> Outcome:
     """A reward's result as Outcome: a finite number, or a dict that has one at `--reward-key`."""
     if not isinstance(result, dict):
         value = _number(result)
@@ -111,14 +112,16 @@ def _outcome(id: int, result: Any, key: Optional[str]) -> Outcome:
     if key is None:
         return _invalid(id, result, "is a dict; name the key of its number with --reward-key")
     value = _number(result.get(key))
-    return Outcome(id, {**result, key: value}) if value is not None else _invalid(id, result, f"has no finite number at {key!r} (--reward-key)")
+    if value is None:
+        return _invalid(id, result, f"has no finite number at {key!r} (--reward-key)")
+    return Outcome(id, {**result, key: value})
 
 
 def _invalid(id: int, result: Any, problem: str) -> Outcome:
     return Outcome(id, remark="reward_invalid", where=problem, detail=f"the reward {problem}: {result!r:.300}")
 
 
-def _number(value: Any) -> Optional[float]:
+def _number(value: Any) -> float | None:
     """A finite float from a number, a bool, or a numpy or torch scalar; None from anything else."""
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
         value = value.item()
@@ -153,7 +156,7 @@ def _die_with(parent: int) -> None:
         os._exit(0)
 
 
-def _read(inbox: BinaryIO) -> Optional[bytes]:
+def _read(inbox: BinaryIO) -> bytes | None:
     """The next message; None when the pool has closed."""
     head = inbox.read(LENGTH.size)
     return inbox.read(LENGTH.unpack(head)[0]) if len(head) == LENGTH.size else None
