@@ -188,7 +188,7 @@ def weight_shapes() -> dict[str, tuple[int, ...]]:
 
 def write_tokenizer(folder: Path) -> None:
     r"""A character tokenizer, in the files that AutoTokenizer loads; the template's marks and `\boxed{` are one token each."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers  # type: ignore[import-untyped]
 
     # An unknown token that is not in the vocabulary: a character outside of it is an error, not a guess.
     tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(VOCABULARY)}, unk_token="<unknown character>"))
@@ -199,7 +199,8 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     _write_json(folder / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "pad_token": PAD, "clean_up_tokenization_spaces": False,
-        "additional_special_tokens": [USER, ASSISTANT], "model_max_length": MODEL["max_position_embeddings"], "chat_template": CHAT_TEMPLATE})
+        "additional_special_tokens": [USER, ASSISTANT], "model_max_length": MODEL["max_position_embeddings"],
+        "chat_template": CHAT_TEMPLATE})
 
 
 def _user(problem: Problem) -> dict[str, str]:

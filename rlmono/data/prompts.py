@@ -13,7 +13,7 @@ import re
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any
 
 import msgspec
 import numpy as np

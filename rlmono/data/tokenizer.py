@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any
 
 Messages = list[dict[str, Any]]
-Tools = Optional[list[dict[str, Any]]]
+Tools = list[dict[str, Any]] | None
 
 
 class TokenizerError(ValueError):
@@ -64,10 +64,11 @@ class Tokenizer:
         prefix = self._encode(self._template(messages, tools, add_generation_prompt))
         if prefix != ids[:len(prefix)]:
             same = next(i for i, (a, b) in enumerate(zip(prefix, [*ids, None], strict=False)) if a != b)
+            before, after = self.decode(prefix[same:same + 12]), self.decode(ids[same:same + 12])
             raise TokenizerError(
-                f"the chat template of {self.folder} renders message {turn} (assistant) in another way when messages follow it, so its tokens "
-                f"cannot be told apart: {self.decode(prefix[same:same + 12])!r} against {self.decode(ids[same:same + 12])!r} at token {same}. "
-                "Write one conversation for each answer, or use a template that renders a turn always in the same way")
+                f"the chat template of {self.folder} renders the messages up to number {turn} (assistant) in another way when more "
+                f"follow, so the answer's tokens cannot be told apart: {before!r} against {after!r} at token {same}. Write one "
+                "conversation for each answer, or use a template that renders a turn always in the same way")
         return len(prefix)
 
     def _encode(self, text: str) -> list[int]:
@@ -78,7 +79,8 @@ class Tokenizer:
 
     def _template(self, messages: Messages, tools: Tools, add_generation_prompt: bool) -> str:
         if not self.hf.chat_template:
-            raise TokenizerError(f"{self.folder}: the tokenizer has no chat template; add chat_template.jinja, or leave --apply-chat-template out")
+            raise TokenizerError(f"{self.folder}: the tokenizer has no chat template; add chat_template.jinja, or leave "
+                                 "--apply-chat-template out")
         try:
             return self.hf.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt)
         except Exception as error:      # templates are programs: they raise whatever they like

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Optional
+from typing import Any
 
 REWARDS: dict[str, str] = {
     "deepscaler": "rlmono.rewards.deepscaler.reward",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Optional
+from typing import Any
 
 from rlmono.data.sample import Sample
 
@@ -11,7 +11,7 @@ _WORDS = r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox)"
 
 _RULES: tuple[tuple[re.Pattern[str], str], ...] = tuple((re.compile(pattern), replacement) for pattern, replacement in (
     (r"\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])", ""),
-    (r"\\[!,;: ]|~", " "),
+    (r"(?<!\\)\\[!,;: ]|~", " "),
     (r"\{,\}", ""),
     (r"\\[dtc]frac", r"\\frac"),
     (r"\^\s*\{?\s*\\circ\s*\}?|\\degree", ""),
@@ -57,6 +57,11 @@ def normalise(answer: str) -> str:
     while text.startswith("{") and text.endswith("}") and "{" not in text[1:-1] and "}" not in text[1:-1]:
         text = text[1:-1]
     return text if "\\" in text else text.lower()
+
+
+def has_words(answer: str) -> bool:
+    """Whether a normalised answer has words in it, which algebra would take for products of letters ("seat" = "east")."""
+    return re.search(r"(?<![\\A-Za-z])[A-Za-z]{3,}", answer) is not None
 
 
 def labels_of(sample: Sample) -> list[str]:

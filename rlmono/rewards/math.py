@@ -7,7 +7,7 @@ from typing import Any
 from math_verify import LatexExtractionConfig, parse, verify  # type: ignore[import-untyped]
 
 from rlmono.data.sample import Sample
-from rlmono.rewards.answers import labels_of, last_boxed, normalise
+from rlmono.rewards.answers import has_words, labels_of, last_boxed, normalise
 
 # LaTeX only: its other parser evaluates a response's text as Python.
 _LATEX = (LatexExtractionConfig(boxed_match_priority=0),)
@@ -21,8 +21,9 @@ def reward(args: Any, sample: Sample, **kwargs: Any) -> float:
         return 0.0
     if any(normalise(label) == normalise(answer) for label in labels):
         return 1.0
-    target = _parse(answer)
-    return float(any(verify(_parse(label), target) for label in labels))
+    formulas = [label for label in labels if not has_words(normalise(label))]
+    target = _parse(answer) if formulas else []
+    return float(any(verify(_parse(label), target) for label in formulas))
 
 
 def _parse(answer: str) -> Any:

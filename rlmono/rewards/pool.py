@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 import logging
 from collections import Counter, deque
-from typing import Any, NamedTuple, Optional, Union
+from typing import Any, NamedTuple
 
 from rlmono.data.sample import Sample
 from rlmono.rewards import RewardError, reward_path

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import msgspec
 

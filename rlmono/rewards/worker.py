@@ -18,7 +18,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any, BinaryIO, Optional
+from typing import Any, BinaryIO
 
 import msgspec
 

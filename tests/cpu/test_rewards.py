@@ -1,0 +1,383 @@
+"""Rewards, how functions are loaded, and the pool that runs them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from rlmono.config.schema import Config
+from rlmono.data.sample import Sample
+from rlmono.rewards import RewardError, deepscaler, reward_path
+from rlmono.rewards import math as math_reward
+from rlmono.rewards.answers import labels_of, last_boxed, normalise
+from rlmono.rewards.load import LoadError, load_function
+from rlmono.rewards.pool import RewardPool, RewardResult
+
+# ---------------------------------------------------------------- answers
+
+
+@pytest.mark.parametrize("text, boxed", [
+    (r"so \boxed{62}.", "62"), (r"\boxed{1} then \boxed{\frac{1}{2}}", r"\frac{1}{2}"), (r"\boxed {3}", "3"), (r"\fbox{4}", "4"),
+    (r"\boxed{\{1,2\}}", r"\{1,2\}"), ("62", None), (r"\boxed{6", None), (r"\boxed{1} \boxed{\frac{1}{2}", None), (r"\boxed{}", ""),
+])
+def test_last_boxed(text: str, boxed: str | None) -> None:
+    assert last_boxed(text) == boxed
+
+
+@pytest.mark.parametrize("spellings, normal", [
+    ([" 62 ", "62.", "62.0", "{62}", "$62$", r"\$62", r"62\%", r"62^\circ", r"62^{\circ}", r"62\text{ cm}", r"62 \mathrm{~cm}^2", "x = 62", r"\text{62}"], "62"),
+    (["1/2", r"\frac12", r"\dfrac{1}{2}", r"\tfrac 1 2", r"\frac1{2}", r"\frac{1}2"], r"\frac{1}{2}"),
+    ([r"-\frac{1}{3}", r"\frac{-1}{3}", "-1/3"], r"-\frac{1}{3}"),
+    ([".5", "0.50", "0.5"], "0.5"), (["1,234,567", r"1{,}234{,}567", r"1\,234\,567", "1234567"], "1234567"),
+    ([r"\left(1,\, 2\right)", "(1,2)"], "(1,2)"), ([r"\sqrt3", r"\sqrt{3}"], r"\sqrt{3}"),
+    ([r"\text{No Solution}", "no solution"], "no solution"), ([r"\pi r", r"\pi  r"], r"\pi r"), (["100", "100.00"], "100"),
+])
+def test_normalise(spellings: list[str], normal: str) -> None:
+    assert {spelling: normalise(spelling) for spelling in spellings} == dict.fromkeys(spellings, normal)
+
+
+@pytest.mark.parametrize("label, answers", [("62", ["62"]), (62, ["62"]), (62.0, ["62"]), (0.5, ["0.5"]), (["1", 2], ["1", "2"]), (r"= \boxed{7}", ["7"])])
+def test_labels(label: Any, answers: list[str]) -> None:
+    assert labels_of(Sample(label=label)) == answers
+
+
+@pytest.mark.parametrize("label", [None, "", [], [None]])
+def test_a_missing_label_names_the_line(label: Any) -> None:
+    with pytest.raises(ValueError, match="train.jsonl:7 has no label; set --label-key"):
+        labels_of(Sample(label=label, metadata={"source": "train.jsonl:7"}))
+    with pytest.raises(ValueError, match=r"sample 12 \(prompt 3\) has no label"):
+        labels_of(Sample(index=12, group_index=3, label=label))
+    with pytest.raises(ValueError, match="must be a string, a number"):
+        labels_of(Sample(label={"answer": 1}))
+
+
+EQUAL = [("62", "62"), ("62", "62.0"), ("007", "7"), ("1,234", "1234"), ("5", r"x=5\text{ cm}"), (r"\frac12", "0.5"), (r"2\sqrt{2}", r"\sqrt{8}"),
+         ("x^2+2x+1", "(x+1)^2"), ("(1,2)", "(1, 2)"), (r"(\frac12,\sqrt{8})", r"(0.5, 2\sqrt2)"), (r"[0,\infty)", r"[0, \infty)"),
+         (r"\frac{\pi}{2}", r"0.5\pi"), ("2^{10}", "2^10"), ("Evelyn", r"\text{evelyn}"),
+         (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}")]
+UNEQUAL = [("62", "63"), ("62", ""), ("east", "seat"), ("(1,2)", "(2,1)"), ("(1,2)", "[1,2]"), ("(1,2)", "(1,2,3)"), ("0.333", "1/3"), (r"\frac12", r"\frac13"),
+           ("x+1", "x+2"), ("x", r"\frac{"), ("1", r"1 \text{ or } 2")]
+
+
+@pytest.mark.parametrize("reward", [deepscaler.reward, math_reward.reward])
+@pytest.mark.parametrize("label, answer, value", [(*pair, 1.0) for pair in EQUAL] + [(*pair, 0.0) for pair in UNEQUAL])
+def test_equal_and_unequal_answers(reward: Callable[..., float], label: str, answer: str, value: float) -> None:
+    assert reward(None, Sample(label=label, response=rf"<think>\boxed{{0}}</think>It is \boxed{{{answer}}}.")) == value
+    assert reward(None, Sample(label=["no", label], response=rf"<think></think>\boxed{{{answer}}}")) == value
+
+
+@pytest.mark.parametrize("label, answer", [("62", "27+35"), (r"\frac12", r"\frac24"), ("1000", "10^3"), ("7", "9^{9^{9^9}}"), ("x", "9^{9^{9^9}}")])
+def test_deepscaler_wants_it_worked_out(label: str, answer: str) -> None:
+    assert deepscaler.reward(None, Sample(label=label, response=rf"</think>\boxed{{{answer}}}")) == 0.0
+
+
+@pytest.mark.parametrize("response, value", [
+    (r"\boxed{62}", 0.0), (r"<think>\boxed{62}</think> so 62", 0.0), (r"<think>\boxed{1}</think>\boxed{62}", 1.0),
+    (r"hm ###Response \boxed{62}", 1.0), (r"###Response \boxed{62}</think>\boxed{1}", 0.0), (r"</think>\boxed{1}\boxed{62}", 1.0),
+])
+def test_deepscaler_takes_the_answer_after_the_thinking(response: str, value: float) -> None:
+    assert deepscaler.reward(None, Sample(label=62, response=response)) == value
+
+
+def test_math_needs_no_thinking_but_a_box() -> None:
+    assert math_reward.reward(None, Sample(label="62", response=r"\boxed{27+35}")) == 1.0
+    assert math_reward.reward(None, Sample(label="62", response="62")) == 0.0
+
+
+def test_a_response_is_never_run_as_code(tmp_path: Path) -> None:
+    """sympy's own parser evaluates text as Python."""
+    mark = tmp_path / "ran"
+    code = f"__import__('pathlib').Path('{mark}').touch()"
+    for reward in (deepscaler.reward, math_reward.reward):
+        for response in (rf"</think>\boxed{{{code}}}", rf"</think>\boxed{{1+{code}}}"):
+            assert reward(None, Sample(label="2", response=response)) == 0.0
+    assert not mark.exists()
+
+
+# ---------------------------------------------------------------- which function, and loading it
+
+
+def test_priority() -> None:
+    args = SimpleNamespace(custom_rm_path=None, rm_type="math")
+    assert reward_path(args) == "rlmono.rewards.math.reward"
+    assert reward_path(args, {"rm_type": "deepscaler"}) == "rlmono.rewards.deepscaler.reward"
+    args.custom_rm_path = "my.reward"
+    assert reward_path(args, {"rm_type": "deepscaler"}) == "my.reward"
+    with pytest.raises(RewardError, match="rm_type of the sample's metadata is 'x', but must be one of deepscaler, math"):
+        reward_path(SimpleNamespace(custom_rm_path=None, rm_type="math"), {"rm_type": "x"})
+    with pytest.raises(RewardError, match="there is no reward: set --rm-type"):
+        reward_path(SimpleNamespace(custom_rm_path=None, rm_type=None))
+
+
+def test_load_function(tmp_path: Path) -> None:
+    assert load_function("rlmono.rewards.math.reward") is math_reward.reward
+    (tmp_path / "mine.py").write_text("value = 3\ndef score(): return 7\n")
+    (tmp_path / "broken.py").write_text("def f(:\n")
+    (tmp_path / "needs.py").write_text("import no_such_package\n")
+    assert load_function(f"{tmp_path}/mine.py:score")() == 7
+    for path, problem in ((f"{tmp_path}/mine.py:scores", "has no 'scores'; near: score"), (f"{tmp_path}/mine.py:value", "is no function but a int"),
+                          (f"{tmp_path}/no.py:f", "is not a Python file"), (f"{tmp_path}/broken.py:f", "SyntaxError"),
+                          (f"{tmp_path}/needs.py:f", "No module named 'no_such_package'"), ("score", "names no function"),
+                          ("no_such_package.f", "PYTHONPATH"), ("rlmono.rewards.math.rewards", "has no 'rewards'; near: reward")):
+        with pytest.raises(LoadError) as error:
+            load_function(path)
+        assert path in str(error.value) and problem in str(error.value)
+
+
+# ---------------------------------------------------------------- the pool
+
+REWARDS = '''
+import asyncio, math, os, sys, time
+from pathlib import Path
+import numpy as np
+
+def plain(args, sample, **kwargs):
+    """Does what the response says."""
+    word, _, rest = sample.response.partition(" ")
+    if word == "hang":
+        while True: pass
+    if word == "sleep": time.sleep(float(rest))
+    if word == "raise": raise RuntimeError("a fault of the reward")
+    if word == "exit": sys.exit(3)
+    if word == "die": os.kill(os.getpid(), 11)
+    if word == "leave": os._exit(4)
+    if word == "print": print("noise", flush=True); sys.stdin.read()
+    if word == "args": return args.rollout_batch_size + 0.5 * (args.prompt_data is None)
+    if word == "memory": bytearray(1 << 32)
+    return {"nan": math.nan, "inf": -math.inf, "none": None, "text": "1", "true": True, "numpy": np.float32(0.5), "list": [1.0],
+            "dict": {"score": 0.25, "pred": np.int64(3)}, "baddict": {"score": None}, "pid": float(os.getpid())}.get(word, 1.0)
+
+async def waits(args, sample, **kwargs):
+    word, _, rest = sample.response.partition(" ")
+    if word == "block": time.sleep(30)
+    if word == "raise": raise asyncio.TimeoutError("of a judge")
+    if word == "die": os._exit(1)
+    await asyncio.sleep(float(rest or 0))
+    return 1.0
+
+class Judge:
+    async def __call__(self, args, sample):
+        await asyncio.sleep(0.2)
+        return 2.0
+judge = Judge()
+'''
+
+
+@pytest.fixture
+def use(tmp_path: Path) -> Callable[..., None]:
+    """`use(body, function="plain", **args)`: runs a coroutine function with a started pool."""
+    (tmp_path / "mine.py").write_text(REWARDS)
+
+    def use(body: Callable[[RewardPool], Coroutine[Any, Any, None]], function: str = "plain", memory: int | None = None, **args: Any) -> None:
+        args = {"reward_timeout_s": 0.6, **args}
+        config = Config(custom_rm_path=f"{tmp_path}/mine.py:{function}", **args)
+
+        async def main() -> None:
+            pool = RewardPool(config, memory_limit_bytes=memory)
+            await pool.start()
+            try:
+                await body(pool)
+            finally:
+                await pool.close()
+        asyncio.run(asyncio.wait_for(main(), 50))
+    return use
+
+
+async def scores(pool: RewardPool, *responses: str) -> list[RewardResult]:
+    return await asyncio.gather(*(pool.score(Sample(index=i, response=response)) for i, response in enumerate(responses)))
+
+
+def test_values(use: Callable[..., None]) -> None:
+    async def body(pool: RewardPool) -> None:
+        assert [r.value for r in await scores(pool, "", "true", "numpy", "args", "print")] == [1.0, 1.0, 0.5, 32.5, 1.0]
+        own = await pool.score(Sample(response="raise", reward=0.75))
+        assert own == RewardResult(0.75, None) and pool.outcomes == {"ok": 5}
+    use(body)
+
+
+def test_failures_are_counted_outcomes(use: Callable[..., None], caplog: pytest.LogCaptureFixture) -> None:
+    responses = ("ok", "raise", "nan", "ok", "inf", "none", "text", "list", "dict", "raise", "exit", "ok")
+
+    async def body(pool: RewardPool) -> None:
+        with caplog.at_level(logging.WARNING):
+            results = await scores(pool, *responses)
+        assert [r.remark for r in results] == [None, "reward_error", "reward_invalid", None, *["reward_invalid"] * 5, "reward_error", "reward_error", None]
+        assert [r.value for r in results] == [float(response == "ok") for response in responses]
+        assert pool.outcomes == {"ok": 3, "reward_error": 3, "reward_invalid": 6}
+    use(body)
+    assert caplog.text.count("RuntimeError: a fault of the reward") == 1 and "mine.py" in caplog.text
+    assert "SystemExit: 3" in caplog.text and "name the key of its number with --reward-key" in caplog.text
+
+
+def test_dict_rewards(use: Callable[..., None]) -> None:
+    async def body(pool: RewardPool) -> None:
+        assert [tuple(r) for r in await scores(pool, "dict", "baddict", "raise", "ok")] == [
+            ({"score": 0.25, "pred": 3}, None), ({"score": 0.0}, "reward_invalid"), ({"score": 0.0}, "reward_error"), (1.0, None)]
+    use(body, reward_key="score")
+
+
+@pytest.mark.parametrize("fault, remark", [("hang", "reward_timeout"), ("sleep 30", "reward_timeout"), ("die", "reward_crashed"), ("leave", "reward_crashed")])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_lost_worker_costs_one_sample(use: Callable[..., None], caplog: pytest.LogCaptureFixture, fault: str, remark: str, workers: int) -> None:
+    async def body(pool: RewardPool) -> None:
+        before = time.monotonic()
+        with caplog.at_level(logging.WARNING):
+            results = await scores(pool, *["ok"] * 10, fault, *["ok"] * 10, fault, "ok")
+        assert time.monotonic() - before < 8
+        assert [r.remark for r in results] == [None] * 10 + [remark] + [None] * 10 + [remark, None]
+        assert pool.outcomes == {"ok": 21, remark: 2}
+    use(body, reward_workers=workers)
+    assert caplog.text.count(f"{remark} at sample") == 1
+
+
+def test_a_stalled_loop_does_not_make_rewards_late(use: Callable[..., None]) -> None:
+    """The pool's process was busy for longer than the deadline, while the worker had long answered."""
+    async def body(pool: RewardPool) -> None:
+        waiting = asyncio.ensure_future(scores(pool, "sleep 0.1", "sleep 0.1"))
+        await asyncio.sleep(0.05)
+        time.sleep(1.5)
+        assert [r.remark for r in await waiting] == [None, None]
+    use(body)
+
+
+def test_async_rewards_work_at_the_same_time(use: Callable[..., None]) -> None:
+    async def body(pool: RewardPool) -> None:
+        before = time.monotonic()
+        results = await scores(pool, *["wait 0.3"] * 60, "wait 30", "raise")
+        assert time.monotonic() - before < 3
+        assert [r.remark for r in results] == [None] * 60 + ["reward_timeout", "reward_error"]
+    use(body, "waits")
+
+    async def called(pool: RewardPool) -> None:
+        before = time.monotonic()
+        assert {r.value for r in await scores(pool, *[""] * 40)} == {2.0}
+        assert time.monotonic() - before < 4
+    use(called, "judge")
+
+
+def test_an_async_reward_that_blocks_or_dies(use: Callable[..., None]) -> None:
+    """It takes others down with it; they get a second chance."""
+    async def blocks(pool: RewardPool) -> None:
+        results = await scores(pool, "block")
+        assert results[0].remark == "reward_timeout"
+        assert (await scores(pool, "wait 0.1"))[0].remark is None
+    use(blocks, "waits", reward_timeout_s=0.4)
+
+    async def dies(pool: RewardPool) -> None:
+        results = await scores(pool, "die")
+        assert results[0].remark == "reward_crashed"
+    use(dies, "waits")
+
+
+def test_a_reward_that_cannot_be_loaded_stops_the_start(use: Callable[..., None], tmp_path: Path) -> None:
+    async def body(pool: RewardPool) -> None:
+        raise AssertionError("it started")
+    with pytest.raises(RewardError, match="the reward cannot be loaded: .*has no 'plane'; near: plain"):
+        use(body, "plane")
+    (tmp_path / "dies.py").write_text("import os\nos._exit(5)\n")
+    with pytest.raises(RewardError, match="died while it imported .*dies.py:f: .*exit code 5"):
+        asyncio.run(RewardPool(Config(custom_rm_path=f"{tmp_path}/dies.py:f")).start())
+
+
+def test_a_worker_that_does_not_come_up_again_ends_the_run(use: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlmono.rewards.pool.RESTARTS", 1)
+
+    async def body(pool: RewardPool) -> None:
+        (tmp_path / "mine.py").write_text("syntax error")
+        with pytest.raises(RewardError, match="cannot be loaded: .*SyntaxError"):
+            await scores(pool, "leave", "ok", "ok")
+        with pytest.raises(RewardError, match="SyntaxError"):
+            await scores(pool, "ok")
+    use(body)
+
+
+def test_memory_limit(use: Callable[..., None]) -> None:
+    async def body(pool: RewardPool) -> None:
+        assert [r.remark for r in await scores(pool, "memory", "ok")] == ["reward_error", None]
+    use(body, memory=3 << 30, reward_timeout_s=10.0)
+
+
+def test_shipped_rewards_in_the_pool() -> None:
+    async def main() -> None:
+        pool = RewardPool(Config(rm_type="deepscaler"))
+        with pytest.raises(RewardError, match="not running"):
+            await pool.score(Sample())
+        await pool.start()
+        try:
+            right = Sample(label="62", response=r"</think>\boxed{62}")
+            other = Sample(label="62", response=r"\boxed{60+2}", metadata={"rm_type": "math"})
+            unlabelled = Sample(response=r"</think>\boxed{62}")
+            assert await asyncio.gather(*map(pool.score, (right, other, unlabelled))) == [(1.0, None), (1.0, None), (0.0, "reward_error")]
+        finally:
+            await pool.close()
+    asyncio.run(asyncio.wait_for(main(), 50))
+
+
+def test_cancelled_and_closed(use: Callable[..., None]) -> None:
+    async def body(pool: RewardPool) -> None:
+        waiting = [asyncio.ensure_future(pool.score(Sample(response="sleep 0.3"))) for _ in range(30)]
+        await asyncio.sleep(0.1)
+        for task in waiting[1:]:
+            task.cancel()
+        assert (await waiting[0]).remark is None
+        stuck = asyncio.ensure_future(pool.score(Sample(response="hang")))
+        await asyncio.sleep(0.1)
+        before = time.monotonic()
+        await pool.close(2.0)
+        assert time.monotonic() - before < 1.5
+        with pytest.raises(RewardError, match="closed before this sample"):
+            await stuck
+    use(body, reward_timeout_s=20.0)
+
+
+def test_thousands_a_second(use: Callable[..., None]) -> None:
+    async def body(pool: RewardPool) -> None:
+        await scores(pool, *["ok"] * 100)
+        before = time.monotonic()
+        await scores(pool, *["ok"] * 6000)
+        rate = 6000 / (time.monotonic() - before)
+        assert rate >= 3000, f"{rate:.0f} rewards/s"
+    use(body, reward_timeout_s=30.0)
+
+
+def test_no_worker_outlives_its_parent(tmp_path: Path) -> None:
+    """Not when the parent is killed, and not while a reward hangs with its pipes unread."""
+    (tmp_path / "mine.py").write_text(REWARDS)
+    program = textwrap.dedent(f"""
+        import asyncio
+        from rlmono.config.schema import Config
+        from rlmono.data.sample import Sample
+        from rlmono.rewards.pool import RewardPool
+        async def main():
+            pool = RewardPool(Config(custom_rm_path="{tmp_path}/mine.py:plain"))
+            await pool.start()
+            print(int((await pool.score(Sample(response="pid"))).value), flush=True)
+            await pool.score(Sample(response="hang"))
+        asyncio.run(main())
+    """)
+    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    try:
+        assert parent.stdout is not None
+        worker = int(parent.stdout.readline())
+        assert Path(f"/proc/{worker}").exists()
+        time.sleep(0.3)
+    finally:
+        os.kill(parent.pid, signal.SIGKILL)
+        parent.wait(10)
+        parent.stdout.close()
+    deadline = time.monotonic() + 5
+    while Path(f"/proc/{worker}").exists() and Path(f"/proc/{worker}/stat").read_text().split()[2] != "Z":
+        assert time.monotonic() < deadline, f"worker {worker} is still there"
+        time.sleep(0.02)
