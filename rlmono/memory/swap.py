@@ -1,6 +1,6 @@
 """The swap: one state machine owns what lies on the GPU.
 
-    rollout  ⇄  sync  ⇄  train          (rollout ⇄ train goes through neither copy nor update: at a phase's end)
+    start → rollout → train → sync → rollout → …
 
 Every allocation that can leave the GPU has a tag. A tag is *dropped* (its pages are freed and come back empty: KV cache,
 engine weights, which the next update fills) or *kept* (copied to retained pinned host memory: the trainer). A transition
@@ -14,7 +14,9 @@ import time
 from dataclasses import dataclass
 from typing import Any, ContextManager, Optional
 
-STATES = ("rollout", "sync", "train")
+STATES = ("rollout", "train", "sync")
+BUILT = "start"
+"""Where every role has just been built: all is present."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Memory:
     """The state machine of one rank. `saver` is torch_memory_saver's object, or None where nothing is to move."""
 
     def __init__(self, saver: Optional[Any]):
-        self.state = "sync"             # where every role has just been built, all is present
+        self.state = BUILT
         self.saver = saver
         self.seconds: dict[str, float] = {}
 
@@ -58,15 +60,16 @@ class Memory:
         if self.saver is not None:
             self._move(state)
         took = time.perf_counter() - started
-        self.seconds[f"{self.state}->{state}"] = took
+        self.seconds[f"{self.state} → {state}"] = took
         self.state = state
         return took
 
     def _move(self, state: str) -> None:
         import torch
         torch.cuda.synchronize()
-        leaving = [t for t in TAGS if self.state in t.needed_in and state not in t.needed_in]
-        coming = [t for t in TAGS if self.state not in t.needed_in and state in t.needed_in]
+        present = {t for t in TAGS if self.state == BUILT or self.state in t.needed_in}
+        leaving = [t for t in TAGS if t in present and state not in t.needed_in]
+        coming = [t for t in TAGS if t not in present and state in t.needed_in]
         if leaving:
             torch.cuda.empty_cache()
         for tag in leaving:             # first make room

@@ -19,7 +19,8 @@ _RULES: tuple[tuple[re.Pattern[str], str], ...] = tuple((re.compile(pattern), re
     (r"^\s*" + _WORDS + r"\{([^{}]*)\}\s*$", r"\1"),
     (r"(?<=\S)\s*" + _WORDS + r"\{[^{}]*\}(?:\^\{?\d\}?)?\s*$", ""),        # a unit
     (r"^\s*\w{1,2}\s*=(?!=)", ""),                                          # x = 5
-    (r"(?<![A-Za-z])\s+|\s+(?![A-Za-z])", ""),
+    (r"\s+", " "),
+    (r"(?<![A-Za-z]) | (?![A-Za-z])", ""),
     (r"(?<=\d)\.+$|(?<=[)\]}A-Za-z])\.$", ""),
     (r"(?<!\d)\.(?=\d)", "0."),
     (r"(?<![\d.])(\d+)\.0+(?!\d)", r"\1"),
@@ -35,7 +36,7 @@ _RULES: tuple[tuple[re.Pattern[str], str], ...] = tuple((re.compile(pattern), re
 
 def last_boxed(text: str) -> str | None:
     r"""What stands in the last `\boxed{…}` (or `\fbox{…}`) of a text; None without one, or when it is cut off."""
-    opened = list(re.finditer(r"\\f?boxed\s*\{", text))
+    opened = list(re.finditer(r"\\(?:boxed|fbox)\s*\{", text))
     if not opened:
         return None
     depth, start = 1, opened[-1].end()

@@ -106,14 +106,23 @@ class RewardPool:
         """Hands queued samples to the workers, evenly, as far as they have room."""
         self._feeding = False
         shares: dict[RemoteWorker, list[Item]] = {worker: [] for worker in self._workers}
+        rooms = {worker: worker.room for worker in self._workers}
         while self._queue:
             if self._queue[0].future.done():        # cancelled
                 self._queue.popleft()
                 continue
-            worker = max(shares, key=lambda w: w.room - len(shares[w]))
-            if worker.room <= len(shares[worker]):
+            if self._queue[0].suspect:
+                idle = next((worker for worker in shares if worker.idle and not shares[worker]), None)
+                if idle is None:
+                    break
+                idle.send([self._queue.popleft()])
+                rooms[idle] = 0
+                continue
+            worker = max(rooms, key=rooms.__getitem__)
+            if rooms[worker] <= 0:
                 break
             shares[worker].append(self._queue.popleft())
+            rooms[worker] -= 1
         for worker, items in shares.items():
             worker.send(items)
 

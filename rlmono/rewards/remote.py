@@ -32,12 +32,13 @@ _decode_outcome = msgspec.msgpack.Decoder(Outcome).decode
 class Item:
     """A sample on its way: its frame, who waits for it, and what happened to it."""
 
-    __slots__ = ("id", "data", "sample_index", "future", "sent_at", "crashes")
+    __slots__ = ("id", "data", "sample_index", "future", "sent_at", "suspect")
 
     def __init__(self, id: int, data: bytes, sample_index: int, future: asyncio.Future[Outcome]) -> None:
         self.id, self.data, self.sample_index, self.future = id, data, sample_index, future
         self.sent_at = 0.0
-        self.crashes = 0
+        self.suspect = False
+        """A worker died while it worked on this one and others."""
 
 
 class Death(NamedTuple):
@@ -86,8 +87,14 @@ class RemoteWorker:
 
     @property
     def room(self) -> int:
-        """How many more samples may be sent now."""
-        return (AT_ONCE if self._concurrent else AHEAD) - len(self.in_flight) if self._ready else 0
+        """How many more samples may be sent now. A suspect is worked on alone."""
+        if not self._ready or any(item.suspect for item in self.in_flight.values()):
+            return 0
+        return (AT_ONCE if self._concurrent else AHEAD) - len(self.in_flight)
+
+    @property
+    def idle(self) -> bool:
+        return self._ready and not self.in_flight
 
     def send(self, items: list[Item]) -> None:
         now = time.monotonic()
@@ -128,7 +135,7 @@ class RemoteWorker:
     async def bury(self) -> tuple[list[Item], list[Item], Death]:
         """After the process has ended (or to end it): the samples to blame, the others, and the cause.
 
-        Of several async rewards at work none can be told to be the cause of a crash: each gets a second chance.
+        Of several async rewards at work none can be told to be the cause of a crash: they become suspects.
         """
         self._ready = False
         self._kill()
@@ -139,9 +146,9 @@ class RemoteWorker:
             death = Death("reward_timeout", "")
         else:
             running = items if self._concurrent else items[:1]
+            culprits = running if len(running) == 1 else []
             for item in running:
-                item.crashes += 1
-            culprits = [item for item in running if len(running) == 1 or item.crashes > 1]
+                item.suspect = True
             death = Death("reward_crashed", f"its worker process ended {_ending(code)}")
         return culprits, [item for item in items if item not in culprits], death
 

@@ -268,7 +268,7 @@ def test_async_rewards_work_at_the_same_time(use: Callable[..., None]) -> None:
 
 
 def test_an_async_reward_that_blocks_or_dies(use: Callable[..., None]) -> None:
-    """It takes others down with it; they get a second chance."""
+    """It may take others down with it: they are tried again, each alone."""
     async def blocks(pool: RewardPool) -> None:
         results = await scores(pool, "block")
         assert results[0].remark == "reward_timeout"
@@ -276,9 +276,10 @@ def test_an_async_reward_that_blocks_or_dies(use: Callable[..., None]) -> None:
     use(blocks, "waits", reward_timeout_s=0.4)
 
     async def dies(pool: RewardPool) -> None:
-        results = await scores(pool, "die")
-        assert results[0].remark == "reward_crashed"
-    use(dies, "waits")
+        results = await scores(pool, "wait 0.1", "die", "wait 0.1", "die", *["wait 0.1"] * 3)
+        assert [r.remark for r in results] == [None, "reward_crashed", None, "reward_crashed", None, None, None]
+        assert [r.remark for r in await scores(pool, *["wait 0.1"] * 20)] == [None] * 20
+    use(dies, "waits", reward_timeout_s=2.0)
 
 
 def test_a_reward_that_cannot_be_loaded_stops_the_start(use: Callable[..., None], tmp_path: Path) -> None:
