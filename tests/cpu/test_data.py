@@ -29,7 +29,8 @@ def write(path: Path, *lines: str | dict[str, Any], end: str = "\n") -> str:
 def test_rows(tmp_path: Path) -> None:
     messages = [{"role": "system", "content": "brief"}, {"role": "user", "content": "straße?"}]
     tools = [{"type": "function", "function": {"name": "f"}}]
-    path = write(tmp_path / "a.jsonl", {"input": "one", "label": 1, "metadata": {"k": 2}}, {"input": messages, "label": "x", "tools": json.dumps(tools)})
+    path = write(tmp_path / "a.jsonl", {"input": "one", "label": 1, "metadata": {"k": 2}},
+                 {"input": messages, "label": "x", "tools": json.dumps(tools)})
     source = PromptSource(path, label_key="label", tool_key="tools")
     assert len(source) == 2
     assert source.row(0) == Prompt("one", 1, {"k": 2}, None, 1)
@@ -46,7 +47,8 @@ def test_lines_are_found_whatever_ends_them(tmp_path: Path) -> None:
     assert [(source.row(i).prompt, source.row(i).line) for i in range(len(source))] == [("a", 1), ("b", 4), ("c", 6)]
 
 
-@pytest.mark.parametrize("text, rows", [("", range(10)), ("@[2:5]", range(2, 5)), ("@[:3]", range(3)), ("@[-2:]", range(8, 10)), ("@[7:99]", range(7, 10))])
+@pytest.mark.parametrize("text, rows", [("", range(10)), ("@[2:5]", range(2, 5)), ("@[:3]", range(3)), ("@[-2:]", range(8, 10)),
+                                        ("@[7:99]", range(7, 10))])
 def test_slices(tmp_path: Path, text: str, rows: range) -> None:
     path = write(tmp_path / "a.jsonl", *({"input": str(i)} for i in range(10)))
     source = PromptSource(path + text)
@@ -72,7 +74,8 @@ BAD = {
     '{"input": [], "label": "1"}': "is an empty list of messages",
     '{"input": ["x"], "label": "1"}': "input[0] must be a message with role and content, not a string",
     '{"input": [{"content": "x"}], "label": "1"}': "input[0] has no role",
-    '{"input": [{"role": "user", "content": "x"}, {"role": "user"}], "label": "1"}': "input[1] (user) has no content (a string); content is null",
+    '{"input": [{"role": "user", "content": "x"}, {"role": "user"}], "label": "1"}':
+        "input[1] (user) has no content (a string); content is null",
     '{"input": "x", "metadata": "y", "label": "1"}': "must be a JSON object, not a string",
     '{"input": "x", "label": "1", "tools": ["f"]}': "must be a list of objects",
     '{"input": "x"}': "has no label 'label' (--label-key)",
@@ -158,7 +161,7 @@ def test_a_file_that_changes_under_the_run(tmp_path: Path) -> None:
 def make_cursor(tmp_path: Path) -> Callable[..., DataCursor]:
     def make(rows: int = 7, spec: str = "", *, seed: int = 5, shuffle: bool = True, limit: int | None = None) -> DataCursor:
         path = write(tmp_path / "p.jsonl", *({"input": str(i)} for i in range(rows)))
-        source = PromptSource(path + spec, length_limit=limit, length_of=(lambda p: int(p.prompt)) if limit is not None else None)  # type: ignore[arg-type]
+        source = PromptSource(path + spec, length_limit=limit, length_of=lambda prompt: int(str(prompt.prompt)))
         return DataCursor(source, seed=seed, shuffle=shuffle, samples_per_prompt=4)
     return make
 
@@ -258,7 +261,8 @@ def test_the_loss_mask_is_what_the_assistant_says(folder: Path) -> None:
     tokenizer = Tokenizer(str(folder))
     ids, mask = tokenizer.chat_with_mask([USER, ANSWER, USER, {"role": "assistant", "content": "\\boxed{50}"}])
     assert len(ids) == len(mask)
-    assert tokenizer.decode(ids) == "<|user|>27+35<|end|><|assistant|>50+12=\\boxed{62}<|end|><|user|>27+35<|end|><|assistant|>\\boxed{50}<|end|>"
+    assert tokenizer.decode(ids) == ("<|user|>27+35<|end|><|assistant|>50+12=\\boxed{62}<|end|>"
+                                     "<|user|>27+35<|end|><|assistant|>\\boxed{50}<|end|>")
     assert tokenizer.decode([i for i, m in zip(ids, mask, strict=True) if m]) == "50+12=\\boxed{62}<|end|>\\boxed{50}<|end|>"
     assert mask[:8] == [0] * 8 and mask[8] == 1
 
@@ -273,8 +277,9 @@ def test_what_a_template_writes_after_a_turn_is_not_learned(folder: Path, tmp_pa
 
 def test_a_template_that_rewrites_earlier_turns_is_refused(folder: Path, tmp_path: Path) -> None:
     """As templates do that leave out the thinking of all but the last answer."""
-    tokenizer = with_template(folder, tmp_path, "{% for m in messages %}<|{{ m['role'] }}|>{{ '' if m['role'] == 'user' or loop.last else 'short' }}"
-                                                "{{ m['content'] }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
+    tokenizer = with_template(
+        folder, tmp_path, "{% for m in messages %}<|{{ m['role'] }}|>{{ '' if m['role'] == 'user' or loop.last else 'short' }}"
+        "{{ m['content'] }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
     assert sum(tokenizer.chat_with_mask([USER, ANSWER])[1]) == 11
     with pytest.raises(TokenizerError, match=r"up to number 1 \(assistant\) in another way"):
         tokenizer.chat_with_mask([USER, ANSWER, USER, ANSWER])
@@ -295,7 +300,8 @@ def test_folders_without(folder: Path, tmp_path: Path) -> None:
 
 def test_the_rooms_are_light() -> None:
     """A host or a reward worker imports these without torch, transformers, sglang or megatron."""
-    code = ("import sys, rlmono.data.prompts, rlmono.data.cursor, rlmono.data.tokenizer, rlmono.rewards.pool, rlmono.rewards.worker, rlmono.quickstart\n"
+    code = ("import sys, rlmono.data.prompts, rlmono.data.cursor, rlmono.data.tokenizer\n"
+            "import rlmono.rewards.pool, rlmono.rewards.worker, rlmono.quickstart\n"
             "print([m for m in ('torch', 'transformers', 'sglang', 'megatron', 'sympy', 'zmq') if m in sys.modules])")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "[]"

@@ -37,7 +37,8 @@ def test_last_boxed(text: str, boxed: str | None) -> None:
 
 
 @pytest.mark.parametrize("spellings, normal", [
-    ([" 62 ", "62.", "62.0", "{62}", "$62$", r"\$62", r"62\%", r"62^\circ", r"62^{\circ}", r"62\text{ cm}", r"62 \mathrm{~cm}^2", "x = 62", r"\text{62}"], "62"),
+    ([" 62 ", "62.", "62.0", "{62}", "$62$", r"\$62", r"62\%", r"62^\circ", r"62^{\circ}", "x = 62", r"\text{62}"], "62"),
+    ([r"5\text{ cm}", r"5 \mathrm{~cm}^2", "5"], "5"),
     (["1/2", r"\frac12", r"\dfrac{1}{2}", r"\tfrac 1 2", r"\frac1{2}", r"\frac{1}2"], r"\frac{1}{2}"),
     ([r"-\frac{1}{3}", r"\frac{-1}{3}", "-1/3"], r"-\frac{1}{3}"),
     ([".5", "0.50", "0.5"], "0.5"), (["1,234,567", r"1{,}234{,}567", r"1\,234\,567", "1234567"], "1234567"),
@@ -48,7 +49,8 @@ def test_normalise(spellings: list[str], normal: str) -> None:
     assert {spelling: normalise(spelling) for spelling in spellings} == dict.fromkeys(spellings, normal)
 
 
-@pytest.mark.parametrize("label, answers", [("62", ["62"]), (62, ["62"]), (62.0, ["62"]), (0.5, ["0.5"]), (["1", 2], ["1", "2"]), (r"= \boxed{7}", ["7"])])
+@pytest.mark.parametrize("label, answers", [("62", ["62"]), (62, ["62"]), (62.0, ["62"]), (0.5, ["0.5"]), (["1", 2], ["1", "2"]),
+                                            (r"= \boxed{7}", ["7"])])
 def test_labels(label: Any, answers: list[str]) -> None:
     assert labels_of(Sample(label=label)) == answers
 
@@ -63,12 +65,13 @@ def test_a_missing_label_names_the_line(label: Any) -> None:
         labels_of(Sample(label={"answer": 1}))
 
 
-EQUAL = [("62", "62"), ("62", "62.0"), ("007", "7"), ("1,234", "1234"), ("5", r"x=5\text{ cm}"), (r"\frac12", "0.5"), (r"2\sqrt{2}", r"\sqrt{8}"),
-         ("x^2+2x+1", "(x+1)^2"), ("(1,2)", "(1, 2)"), (r"(\frac12,\sqrt{8})", r"(0.5, 2\sqrt2)"), (r"[0,\infty)", r"[0, \infty)"),
+EQUAL = [("62", "62"), ("62", "62.0"), ("007", "7"), ("1,234", "1234"), ("5", r"x=5\text{ cm}"), (r"\frac12", "0.5"),
+         (r"2\sqrt{2}", r"\sqrt{8}"), ("x^2+2x+1", "(x+1)^2"), ("(1,2)", "(1, 2)"),
+         (r"(\frac12,\sqrt{8})", r"(0.5, 2\sqrt2)"), (r"[0,\infty)", r"[0, \infty)"),
          (r"\frac{\pi}{2}", r"0.5\pi"), ("2^{10}", "2^10"), ("Evelyn", r"\text{evelyn}"),
          (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}")]
-UNEQUAL = [("62", "63"), ("62", ""), ("east", "seat"), ("(1,2)", "(2,1)"), ("(1,2)", "[1,2]"), ("(1,2)", "(1,2,3)"), ("0.333", "1/3"), (r"\frac12", r"\frac13"),
-           ("x+1", "x+2"), ("x", r"\frac{"), ("1", r"1 \text{ or } 2")]
+UNEQUAL = [("62", "63"), ("62", ""), ("east", "seat"), ("(1,2)", "(2,1)"), ("(1,2)", "[1,2]"), ("(1,2)", "(1,2,3)"),
+           ("0.333", "1/3"), (r"\frac12", r"\frac13"), ("x+1", "x+2"), ("x", r"\frac{"), ("1", r"1 \text{ or } 2")]
 
 
 @pytest.mark.parametrize("reward", [deepscaler.reward, math_reward.reward])
@@ -78,7 +81,8 @@ def test_equal_and_unequal_answers(reward: Callable[..., float], label: str, ans
     assert reward(None, Sample(label=["no", label], response=rf"<think></think>\boxed{{{answer}}}")) == value
 
 
-@pytest.mark.parametrize("label, answer", [("62", "27+35"), (r"\frac12", r"\frac24"), ("1000", "10^3"), ("7", "9^{9^{9^9}}"), ("x", "9^{9^{9^9}}")])
+@pytest.mark.parametrize("label, answer", [("62", "27+35"), (r"\frac12", r"\frac24"), ("1000", "10^3"), ("7", "9^{9^{9^9}}"),
+                                           ("x", "9^{9^{9^9}}")])
 def test_deepscaler_wants_it_worked_out(label: str, answer: str) -> None:
     assert deepscaler.reward(None, Sample(label=label, response=rf"</think>\boxed{{{answer}}}")) == 0.0
 
@@ -127,7 +131,8 @@ def test_load_function(tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text("def f(:\n")
     (tmp_path / "needs.py").write_text("import no_such_package\n")
     assert load_function(f"{tmp_path}/mine.py:score")() == 7
-    for path, problem in ((f"{tmp_path}/mine.py:scores", "has no 'scores'; near: score"), (f"{tmp_path}/mine.py:value", "is no function but a int"),
+    for path, problem in ((f"{tmp_path}/mine.py:scores", "has no 'scores'; near: score"),
+                          (f"{tmp_path}/mine.py:value", "is no function but a int"),
                           (f"{tmp_path}/no.py:f", "is not a Python file"), (f"{tmp_path}/broken.py:f", "SyntaxError"),
                           (f"{tmp_path}/needs.py:f", "No module named 'no_such_package'"), ("score", "names no function"),
                           ("no_such_package.f", "PYTHONPATH"), ("rlmono.rewards.math.rewards", "has no 'rewards'; near: reward")):
@@ -180,7 +185,8 @@ def use(tmp_path: Path) -> Callable[..., None]:
     """`use(body, function="plain", **args)`: runs a coroutine function with a started pool."""
     (tmp_path / "mine.py").write_text(REWARDS)
 
-    def use(body: Callable[[RewardPool], Coroutine[Any, Any, None]], function: str = "plain", memory: int | None = None, **args: Any) -> None:
+    def use(body: Callable[[RewardPool], Coroutine[Any, Any, None]], function: str = "plain", memory: int | None = None,
+            **args: Any) -> None:
         args = {"reward_timeout_s": 0.6, **args}
         config = Config(custom_rm_path=f"{tmp_path}/mine.py:{function}", **args)
 
@@ -213,7 +219,8 @@ def test_failures_are_counted_outcomes(use: Callable[..., None], caplog: pytest.
     async def body(pool: RewardPool) -> None:
         with caplog.at_level(logging.WARNING):
             results = await scores(pool, *responses)
-        assert [r.remark for r in results] == [None, "reward_error", "reward_invalid", None, *["reward_invalid"] * 5, "reward_error", "reward_error", None]
+        assert [r.remark for r in results] == [None, "reward_error", "reward_invalid", None, *["reward_invalid"] * 5, "reward_error",
+                                               "reward_error", None]
         assert [r.value for r in results] == [float(response == "ok") for response in responses]
         assert pool.outcomes == {"ok": 3, "reward_error": 3, "reward_invalid": 6}
     use(body)
@@ -228,9 +235,11 @@ def test_dict_rewards(use: Callable[..., None]) -> None:
     use(body, reward_key="score")
 
 
-@pytest.mark.parametrize("fault, remark", [("hang", "reward_timeout"), ("sleep 30", "reward_timeout"), ("die", "reward_crashed"), ("leave", "reward_crashed")])
+@pytest.mark.parametrize("fault, remark", [("hang", "reward_timeout"), ("sleep 30", "reward_timeout"), ("die", "reward_crashed"),
+                                           ("leave", "reward_crashed")])
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_lost_worker_costs_one_sample(use: Callable[..., None], caplog: pytest.LogCaptureFixture, fault: str, remark: str, workers: int) -> None:
+def test_a_lost_worker_costs_one_sample(use: Callable[..., None], caplog: pytest.LogCaptureFixture, fault: str, remark: str,
+                                        workers: int) -> None:
     async def body(pool: RewardPool) -> None:
         before = time.monotonic()
         with caplog.at_level(logging.WARNING):
@@ -292,7 +301,8 @@ def test_a_reward_that_cannot_be_loaded_stops_the_start(use: Callable[..., None]
         asyncio.run(RewardPool(Config(custom_rm_path=f"{tmp_path}/dies.py:f")).start())
 
 
-def test_a_worker_that_does_not_come_up_again_ends_the_run(use: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_does_not_come_up_again_ends_the_run(use: Callable[..., None], tmp_path: Path,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rlmono.rewards.pool.RESTARTS", 1)
 
     async def body(pool: RewardPool) -> None:
@@ -369,8 +379,8 @@ def test_no_worker_outlives_its_parent(tmp_path: Path) -> None:
         asyncio.run(main())
     """)
     parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
     try:
-        assert parent.stdout is not None
         worker = int(parent.stdout.readline())
         assert Path(f"/proc/{worker}").exists()
         time.sleep(0.3)
