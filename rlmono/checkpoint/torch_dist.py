@@ -37,9 +37,10 @@ def load(trainer: Trainer, folder: Path, with_optimizer: bool) -> None:
     _install()
     state = _state(trainer, loading=True)
     if not with_optimizer:
-        state = {"model": state["model"]}
+        state = {_key(i): state[_key(i)] for i in range(len(trainer.chunks))}
     loaded = dist_checkpointing.load(state, str(folder / "trainer"))
-    trainer.module.load_state_dict(loaded["model"], strict=False)
+    for i, chunk in enumerate(trainer.chunks):
+        chunk.load_state_dict(loaded[_key(i)], strict=False)
     if not with_optimizer:
         trainer.weights_changed()
         return
@@ -49,10 +50,20 @@ def load(trainer: Trainer, folder: Path, with_optimizer: bool) -> None:
     trainer.skipped_steps = loaded["skipped_steps"]
 
 
-def load_weights(module: torch.nn.Module, folder: Path) -> None:
-    """Only weights, into a bare module (the reference)."""
-    state = dist_checkpointing.load({"model": module.sharded_state_dict(metadata=_metadata())}, str(folder / "trainer"))    # type: ignore[operator]
-    module.load_state_dict(state["model"], strict=False)
+def load_weights(chunks: list[Any], folder: Path) -> None:
+    """Only weights, into bare chunks (the reference)."""
+    state = dist_checkpointing.load(_chunks(chunks), str(folder / "trainer"))
+    for i, chunk in enumerate(chunks):
+        chunk.load_state_dict(state[_key(i)], strict=False)
+
+
+def _key(chunk: int) -> str:
+    """Each virtual pipeline stage has a name of its own in the state; tensors are named over the whole model."""
+    return "model" if chunk == 0 else f"model{chunk}"
+
+
+def _chunks(chunks: list[Any]) -> dict[str, Any]:
+    return {_key(i): c.sharded_state_dict(metadata=_metadata()) for i, c in enumerate(chunks)}
 
 
 def _metadata() -> dict[str, Any]:
@@ -60,8 +71,9 @@ def _metadata() -> dict[str, Any]:
 
 
 def _state(trainer: Trainer, loading: bool) -> dict[str, Any]:
-    model = trainer.module.sharded_state_dict(metadata=_metadata())
-    return {"model": model, "optimizer": trainer.optimizer.sharded_state_dict(model, is_loading=loading, metadata=_metadata()),
+    models = _chunks(trainer.chunks)
+    for_optimizer = models["model"] if len(models) == 1 else models
+    return {**models, "optimizer": trainer.optimizer.sharded_state_dict(for_optimizer, is_loading=loading, metadata=_metadata()),
             "schedule": trainer.schedule.state_dict(), "skipped_steps": trainer.skipped_steps}
 
 

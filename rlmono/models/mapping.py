@@ -14,10 +14,16 @@ import torch
 
 
 class Tensor:
-    """One Megatron parameter (`name`) and the HF tensors (`hf_names`) that hold the same numbers."""
+    """One Megatron parameter (`name`, with layers and experts numbered over the whole model) and the HF tensors (`hf_names`)
+    that hold the same numbers. `expert` says that its ranks are the experts' tensor-parallel ones, and that it is one of many
+    dealt over expert-parallel ranks; `vocabulary`, that Megatron may pad its rows."""
 
-    def __init__(self, name: str, *hf_names: str):
-        self.name, self.hf_names = name, hf_names
+    replicated = False
+    expert = False
+    cut_dimension = 0
+
+    def __init__(self, name: str, *hf_names: str, vocabulary: bool = False):
+        self.name, self.hf_names, self.vocabulary = name, hf_names, vocabulary
 
     def to_megatron(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
         """Full HF tensors, in the order of `hf_names` -> the full Megatron tensor."""
@@ -35,23 +41,17 @@ class Tensor:
         """The full tensor from the parts of all ranks, in order."""
         raise NotImplementedError
 
-    @property
-    def replicated(self) -> bool:
-        return False
-
 
 class Replicated(Tensor):
     """The same on every tensor-parallel rank: norms."""
+
+    replicated = True
 
     def shard(self, full: torch.Tensor, rank: int, size: int) -> torch.Tensor:
         return full
 
     def join(self, shards: Sequence[torch.Tensor]) -> torch.Tensor:
         return shards[0]
-
-    @property
-    def replicated(self) -> bool:
-        return True
 
 
 class Rows(Tensor):
@@ -70,6 +70,8 @@ class Rows(Tensor):
 
 class Columns(Tensor):
     """Cut along dimension 1."""
+
+    cut_dimension = 1
 
     def shard(self, full: torch.Tensor, rank: int, size: int) -> torch.Tensor:
         return full.chunk(size, 1)[rank]
@@ -114,3 +116,15 @@ class GatedRows(Tensor):
             return shards[0]
         halves = [s.chunk(2) for s in shards]
         return torch.cat([h[i] for i in (0, 1) for h in halves])
+
+
+class ExpertGatedRows(GatedRows):
+    """The gate and up projections of one expert."""
+
+    expert = True
+
+
+class ExpertColumns(Columns):
+    """The down projection of one expert."""
+
+    expert = True

@@ -5,7 +5,14 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any, Mapping
 
-FAMILIES = {"Qwen3ForCausalLM": "rlmono.models.qwen3"}
+FAMILIES = {
+    "Qwen2ForCausalLM": "rlmono.models.qwen2",
+    "Qwen3ForCausalLM": "rlmono.models.qwen3",
+    "Qwen3MoeForCausalLM": "rlmono.models.qwen3_moe",
+    "LlamaForCausalLM": "rlmono.models.llama",
+    "Glm4MoeForCausalLM": "rlmono.models.glm4_moe",
+    "DeepseekV3ForCausalLM": "rlmono.models.deepseek_v3",
+}
 
 
 def family(architecture: str) -> ModuleType:

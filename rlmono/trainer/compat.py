@@ -14,6 +14,7 @@ from typing import Any, Callable
 
 import torch
 import torch.distributed as dist
+from torch.utils._device import _device_constructors
 
 TESTED = "0.16.1"
 _CPU = torch.device("cpu")
@@ -98,6 +99,7 @@ def _before_import_on_cpu() -> None:
     tensor.record_stream = lambda self, _: None
     tensor.cuda = tensor.pin_memory = lambda self, *_, **__: self
     torch.nn.Module.cuda = lambda self, *_, **__: self          # type: ignore[method-assign,assignment]
+    _device_constructors()      # `with torch.device(…)` knows factories by identity, from a cache: it must hold the ones that we wrap
     for name in ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "randint", "linspace", "as_tensor",
                  "zeros_like", "ones_like", "empty_like", "full_like"):
         setattr(torch, name, _on_cpu(getattr(torch, name)))     # device="cuda" is written out in clip_grads, optimizer, schedules
@@ -148,7 +150,8 @@ def _after_import_on_cpu() -> None:
     logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
     all_to_all = dist.all_to_all_single
 
-    def split_by_lists(out: Any, inp: Any, out_splits: Any = None, in_splits: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def split_by_lists(output: Any, input: Any, output_split_sizes: Any = None, input_split_sizes: Any = None, **kwargs: Any) -> Any:
         """Megatron turns split sizes into lists only if they are CUDA tensors."""
-        return all_to_all(out, inp, *(s.tolist() if hasattr(s, "tolist") else s for s in (out_splits, in_splits)), *args, **kwargs)
+        splits = (s.tolist() if hasattr(s, "tolist") else s for s in (output_split_sizes, input_split_sizes))
+        return all_to_all(output, input, *splits, **kwargs)
     dist.all_to_all_single = split_by_lists

@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
+import importlib.util
+import logging
 import warnings
-from typing import Any
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from rlmono.config.schema import Config
-from rlmono.trainer.attention import VarlenAttention
+from rlmono.trainer.specs import block_spec
 
-
-class RMSNorm(torch.nn.RMSNorm):
-    """Megatron's own wrapper of torch's norm refuses sequence parallel; its weight only has to be marked for the
-    gradient sum over tensor-parallel ranks."""
-
-    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-6, **_: Any):
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device())
-        self.weight.sequence_parallel = config.sequence_parallel
+log = logging.getLogger(__name__)
 
 
 def init_parallel(config: Config) -> None:
@@ -43,45 +36,82 @@ def init_parallel(config: Config) -> None:
 
 def transformer_config(config: Config, dtype: torch.dtype) -> TransformerConfig:
     """Megatron's TransformerConfig from the model's shape, the layout and the pass-through names."""
-    s, pp = config.model, config.pipeline_model_parallel_size
+    s, vpp = config.model, config.virtual_pipeline_model_parallel_size
+    cls = MLATransformerConfig if s.get("multi_latent_attention") else TransformerConfig
     values: dict[str, Any] = dict(
         num_layers=s["num_layers"], hidden_size=s["hidden_size"], ffn_hidden_size=s["ffn_hidden_size"],
         num_attention_heads=s["num_attention_heads"], num_query_groups=s["num_query_groups"], kv_channels=s["kv_channels"],
         normalization="RMSNorm", layernorm_epsilon=s["norm_epsilon"], qk_layernorm=s["qk_layernorm"], add_qkv_bias=s["add_qkv_bias"],
         init_method_std=s["init_method_std"], gated_linear_unit=True, activation_func=F.silu, add_bias_linear=False,
         hidden_dropout=0.0, attention_dropout=0.0,
-        tensor_model_parallel_size=config.tensor_model_parallel_size, pipeline_model_parallel_size=pp,
-        context_parallel_size=config.context_parallel_size, sequence_parallel=config.sequence_parallel,
-        recompute_granularity=config.recompute_granularity, recompute_method=config.recompute_method,
-        recompute_num_layers=config.recompute_num_layers,
         params_dtype=dtype, pipeline_dtype=dtype, bf16=dtype == torch.bfloat16, use_cpu_initialization=not torch.cuda.is_available(),
         # Packs differ in length; the default dispatcher refuses that even for dense models.
-        variable_seq_lengths=pp > 1, moe_token_dispatcher_type="alltoall",
+        variable_seq_lengths=config.pipeline_model_parallel_size > 1, moe_token_dispatcher_type="alltoall",
         # We weigh tokens ourselves (see losses.py): neither DDP nor the schedule may divide.
         calculate_per_token_loss=True,
-        deallocate_pipeline_outputs=True, persist_layer_norm=False, bias_activation_fusion=False, bias_dropout_fusion=False,
-        apply_rope_fusion=False, masked_softmax_fusion=False, gradient_accumulation_fusion=False)
-    values.update(_named(config.megatron, TransformerConfig))
+        overlap_p2p_comm=vpp is not None, batch_p2p_comm=vpp is None, deallocate_pipeline_outputs=True, persist_layer_norm=False,
+        bias_activation_fusion=False, bias_dropout_fusion=False, apply_rope_fusion=False, masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False)
+    values.update(_layout(config))
+    if s.get("num_experts"):
+        values.update(_experts(s))
+    if cls is MLATransformerConfig:
+        values.update(_latent_attention(s))
+    values.update(_named(_available(config.megatron), cls))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return TransformerConfig(**values)
+        return cls(**values)
 
 
-def build_model(config: Config, tf_config: TransformerConfig) -> GPTModel:
-    """This rank's part of the model, bare: float parameters on the device, nothing wrapped."""
+def _layout(config: Config) -> dict[str, Any]:
+    same = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size", "context_parallel_size",
+            "expert_model_parallel_size", "expert_tensor_parallel_size", "sequence_parallel", "recompute_granularity", "recompute_method",
+            "recompute_num_layers")
+    stages = {f"num_layers_in_{end}_pipeline_stage": getattr(config, f"decoder_{end}_pipeline_num_layers") for end in ("first", "last")}
+    return {name: getattr(config, name) for name in same} | stages
+
+
+def _experts(s: Any) -> dict[str, Any]:
+    same = ("moe_router_topk", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "moe_layer_freq", "moe_router_score_function",
+            "moe_router_pre_softmax", "moe_router_enable_expert_bias", "moe_router_bias_update_rate", "moe_router_topk_scaling_factor",
+            "moe_router_num_groups", "moe_router_group_topk")
+    return {name: s[name] for name in same if name in s} | dict(
+        num_moe_experts=s["num_experts"], moe_router_dtype="fp32", moe_router_load_balancing_type="none", moe_aux_loss_coeff=0.0,
+        moe_grouped_gemm=False, moe_permute_fusion=False)
+
+
+def _latent_attention(s: Any) -> dict[str, Any]:
+    same = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim", "rope_type", "rotary_base", "rotary_percent",
+            "rotary_scaling_factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+    return {"multi_latent_attention": True} | {name: s[name] for name in same if name in s}
+
+
+def _available(values: Any) -> dict[str, Any]:
+    """DeepEP's dispatcher needs its package and a GPU; elsewhere the same exchange is done by alltoall."""
+    out = dict(values)
+    if out.get("moe_token_dispatcher_type") == "flex" and (importlib.util.find_spec("deep_ep") is None or not torch.cuda.is_available()):
+        log.warning("moe_token_dispatcher_type flex needs deep_ep and a GPU: using alltoall")
+        out.update(moe_token_dispatcher_type="alltoall", moe_enable_deepep=False)
+    return out
+
+
+def build_chunks(config: Config, tf_config: TransformerConfig) -> list[GPTModel]:
+    """This rank's part of the model, bare: one chunk, or one a virtual pipeline stage."""
+    virtual = config.virtual_pipeline_model_parallel_size
+    return [_build_chunk(config, tf_config, stage) for stage in (range(virtual) if virtual else [None])]
+
+
+def _build_chunk(config: Config, tf_config: TransformerConfig, vp_stage: Optional[int]) -> GPTModel:
     s = config.model
-    spec = copy.deepcopy(get_gpt_layer_local_spec(qk_layernorm=s["qk_layernorm"], normalization="RMSNorm"))
-    spec.submodules.self_attention.submodules.core_attention = VarlenAttention
-    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
-    if s["qk_layernorm"]:
-        spec.submodules.self_attention.submodules.q_layernorm = spec.submodules.self_attention.submodules.k_layernorm = RMSNorm
-    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-    block = TransformerBlockSubmodules(layer_specs=[spec] * tf_config.num_layers, layer_norm=RMSNorm)
+    where: dict[str, Any] = dict(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
+    scaled = s.get("rope_scaling_factor")
     return GPTModel(
-        config=tf_config, transformer_layer_spec=block, vocab_size=padded_vocab(config), max_sequence_length=s["max_position_embeddings"],
-        pre_process=parallel_state.is_pipeline_first_stage(), post_process=parallel_state.is_pipeline_last_stage(), parallel_output=True,
+        config=tf_config, transformer_layer_spec=block_spec(tf_config, vp_stage), vocab_size=padded_vocab(config),
+        max_sequence_length=s["max_position_embeddings"], parallel_output=True, vp_stage=vp_stage,
+        pre_process=parallel_state.is_pipeline_first_stage(**where), post_process=parallel_state.is_pipeline_last_stage(**where),
         share_embeddings_and_output_weights=not s["untie_embeddings_and_output_weights"],
-        position_embedding_type="rope", rotary_percent=s["rotary_percent"], rotary_base=s["rotary_base"])
+        position_embedding_type="rope", rotary_percent=s["rotary_percent"], rotary_base=s["rotary_base"],
+        rope_scaling=scaled is not None, rope_scaling_factor=scaled or 8.0)
 
 
 def padded_vocab(config: Config) -> int:
@@ -90,26 +120,26 @@ def padded_vocab(config: Config) -> int:
     return -(-config.model["vocab_size"] // tp) * tp
 
 
-def wrap(config: Config, tf_config: TransformerConfig, model: GPTModel) -> DistributedDataParallel:
+def wrap(config: Config, tf_config: TransformerConfig, chunks: list[GPTModel]) -> list[DistributedDataParallel]:
     """bf16 wrapper where asked, and gradient buffers reduced over data-parallel ranks in fp32."""
     values: dict[str, Any] = dict(use_distributed_optimizer=True, grad_reduce_in_fp32=True, check_for_nan_in_grad=False)
     values.update(_named(config.megatron, DistributedDataParallelConfig))
-    module = Float16Module(tf_config, model) if tf_config.bf16 else model
-    ddp = DistributedDataParallel(tf_config, DistributedDataParallelConfig(**values), module)
+    wrapped = [DistributedDataParallel(tf_config, DistributedDataParallelConfig(**values), Float16Module(tf_config, c) if tf_config.bf16 else c,
+                                       disable_bucketing=i > 0) for i, c in enumerate(chunks)]
     # The schedule would divide by a token count: our loss is already weighted, so there is nothing to pass on.
     tf_config.finalize_model_grads_func = lambda models, _num_tokens, **kw: finalize_model_grads(models, None, **kw)
-    return ddp
+    return wrapped
 
 
-def build_optimizer(config: Config, dtype: torch.dtype, ddp: DistributedDataParallel) -> Any:
+def build_optimizer(config: Config, dtype: torch.dtype, chunks: list[DistributedDataParallel]) -> Any:
     """Adam over the distributed optimizer (state and fp32 weights are sharded over data-parallel ranks)."""
     values: dict[str, Any] = dict(
         optimizer=config.optimizer, lr=config.lr, min_lr=config.min_lr, weight_decay=config.weight_decay, adam_beta1=config.adam_beta1,
         adam_beta2=config.adam_beta2, adam_eps=config.adam_eps, clip_grad=config.clip_grad, bf16=dtype == torch.bfloat16,
         params_dtype=dtype, use_distributed_optimizer=True)
     values.update(_named(config.megatron, OptimizerConfig))
-    optimizer = get_megatron_optimizer(OptimizerConfig(**values), [ddp])
-    ddp.config.grad_scale_func = optimizer.scale_loss
+    optimizer = get_megatron_optimizer(OptimizerConfig(**values), chunks)
+    chunks[0].config.grad_scale_func = optimizer.scale_loss
     _allocate_adam_state(optimizer)
     return optimizer
 

@@ -13,12 +13,14 @@ import numpy as np
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
+from rlmono.trainer.context import held_by
 from rlmono.world.messages import TrainSample
 
 
 @dataclass
 class Pack:
-    """Tensors of one pack. `tokens`, `positions` and `targets` are [t]; the others [r], in the order of `samples`."""
+    """Tensors of one pack. `tokens`, `positions` and `targets` are [t], or this rank's share of them with context parallelism;
+    the others are [r], in the order of `samples`, on every rank."""
 
     samples: list[TrainSample]
     tokens: torch.Tensor
@@ -26,6 +28,8 @@ class Pack:
     targets: torch.Tensor
     """The next token of each token within its own sequence; 0 where there is none."""
     params: PackedSeqParams
+    bounds: list[int]
+    """Cumulative lengths of the sequences, with their padding."""
     read_at: torch.Tensor
     """Position in t whose logits predict each response token."""
     masks: list[torch.Tensor]
@@ -44,25 +48,27 @@ class Pack:
         self.advantages = per_sample[self.sample_of]
 
 
-def make_pack(samples: Sequence[TrainSample], device: torch.device, multiple: int) -> Pack:
-    """The pack of these samples; its length is rounded up to `multiple` by a sequence of padding that nothing reads."""
+def make_pack(samples: Sequence[TrainSample], device: torch.device, multiple: int, cp_size: int = 1, cp_rank: int = 0) -> Pack:
+    """The pack of these samples. Its length is rounded up to `multiple` by a sequence of padding that nothing reads; with
+    context parallelism each sequence is, to a multiple of 2 · cp_size · multiple, and the rank gets its chunks of it."""
     sequences = [np.frombuffer(s.tokens, np.int32).astype(np.int64) for s in samples]
+    ends_at = np.array([len(x) for x in sequences])         # where each sample ends within its padded sequence
+    if cp_size > 1:
+        sequences = [np.pad(x, (0, -len(x) % (2 * cp_size * multiple))) for x in sequences]
+    elif sum(ends_at) % multiple:
+        sequences.append(np.zeros(-sum(ends_at) % multiple, np.int64))
     lengths = [len(x) for x in sequences]
-    used = sum(lengths)
-    if used % multiple:
-        sequences.append(np.zeros(-used % multiple, np.int64))
-        lengths.append(-used % multiple)
-    tokens = np.concatenate(sequences)
+    bounds = [0, *np.cumsum(lengths).tolist()]
+    tokens, positions = np.concatenate(sequences), np.concatenate([np.arange(n) for n in lengths])
     targets = np.concatenate([np.append(x[1:], 0) for x in sequences])
-    positions = np.concatenate([np.arange(n) for n in lengths])
-    ends = np.cumsum(lengths)
-    read_at = np.concatenate([np.arange(e - s.response_length - 1, e - 1) for s, e in zip(samples, ends, strict=False)])
+    read_at = np.concatenate([np.arange(a + n - s.response_length - 1, a + n - 1) for s, a, n in zip(samples, bounds, ends_at, strict=False)])
     sample_of = np.repeat(np.arange(len(samples)), [s.response_length for s in samples])
-    cu_seqlens = torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)).to(device)
     rollout = b"".join(s.rollout_log_probs for s in samples)
+    mine = held_by(bounds, cp_size, cp_rank).numpy() if cp_size > 1 else slice(None)
     on = lambda x: torch.from_numpy(x).to(device)  # noqa: E731 - shorter than its uses
-    return Pack(list(samples), on(tokens), on(positions), on(targets),
+    cu_seqlens = on(np.array(bounds, np.int32))
+    return Pack(list(samples), on(tokens[mine]), on(positions[mine]), on(targets[mine]),
                 PackedSeqParams(qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_seqlen_q=max(lengths), max_seqlen_kv=max(lengths)),
-                on(read_at), [torch.from_numpy(np.frombuffer(s.loss_mask, np.uint8).astype(np.float32)) for s in samples], on(sample_of),
+                bounds, on(read_at), [torch.from_numpy(np.frombuffer(s.loss_mask, np.uint8).astype(np.float32)) for s in samples], on(sample_of),
                 on(np.frombuffer(rollout, np.float32).copy()) if rollout else None,
                 torch.zeros(0, device=device), torch.zeros(len(read_at), device=device))

@@ -18,6 +18,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from rlmono.config.schema import Config
 from rlmono.models.registry import family
 from rlmono.trainer import advantages, model
+from rlmono.trainer.context import gather_tokens
+from rlmono.trainer.layout import Layout, held_tensors
 from rlmono.trainer.losses import kl_estimate, policy_loss, token_weights
 from rlmono.trainer.logprobs import logprobs_and_entropy
 from rlmono.trainer.packs import Pack, make_pack
@@ -37,24 +39,19 @@ class Trainer:
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         model.init_parallel(config)
         self.tf_config = model.transformer_config(config, dtype)
-        bare = model.build_model(config, self.tf_config).to(self.device)
-        self.ddp = model.wrap(config, self.tf_config, bare)
+        self.chunks = [c.to(self.device) for c in model.build_chunks(config, self.tf_config)]
+        self.ddp = model.wrap(config, self.tf_config, self.chunks)
         self.optimizer = model.build_optimizer(config, dtype, self.ddp)
         self.schedule = model.build_schedule(config, self.optimizer, total_steps)
-        self.reference: Optional[torch.nn.Module] = None
+        self.reference: Optional[list[Any]] = None
         self.skipped_steps = 0
+        self._layout: Optional[Layout] = None
         self._tensors = family(config.model["architecture"]).tensors(config.model)
         sft = config.loss_type == "sft"
         self._temperature = 1.0 if sft else config.rollout_temperature
         self._eps_high = config.eps_clip if config.eps_clip_high is None else config.eps_clip_high
 
     # ------------------------------------------------------------ where this rank stands
-
-    @property
-    def module(self) -> Any:
-        """The bare GPTModel."""
-        inner = self.ddp.module
-        return getattr(inner, "module", inner)
 
     @property
     def data_parallel(self) -> tuple[int, int]:
@@ -70,24 +67,21 @@ class Trainer:
     def needs_reference(self) -> bool:
         return self.config.loss_type != "sft" and (self.config.use_kl_loss or self.config.kl_coef > 0)
 
-    def add_reference(self) -> torch.nn.Module:
+    def add_reference(self) -> list[Any]:
         """A second, frozen model for reference logprobs; its weights are the caller's to load."""
-        reference = model.build_model(self.config, self.tf_config).to(self.device, self.dtype).requires_grad_(False)
-        self.reference = reference.eval()
-        return reference
+        self.reference = [c.to(self.device, self.dtype).requires_grad_(False).eval() for c in model.build_chunks(self.config, self.tf_config)]
+        return self.reference
 
-    def load_hf(self, folder: Path, module: Optional[torch.nn.Module] = None) -> None:
-        """Weights from an HF folder into the actor, or into `module`."""
-        target = self.module if module is None else module
-        load_hf(folder, dict(target.named_parameters()), self._tensors, parallel_state.get_tensor_model_parallel_rank(),
-                self.config.tensor_model_parallel_size)
-        if module is None:
+    def load_hf(self, folder: Path, chunks: Optional[list[Any]] = None) -> None:
+        """Weights from an HF folder into the actor, or into the chunks of another model of the same layout."""
+        load_hf(folder, held_tensors(chunks or self.chunks), self._tensors, Layout.current(), self.config.model["vocab_size"])
+        if chunks is None:
             self.weights_changed()
 
     def export(self) -> Iterator[Named]:
-        """The actor's weights as buckets of (HF name, full tensor); collective over the tensor-parallel group."""
-        return export(dict(self.module.named_parameters()), self._tensors, parallel_state.get_tensor_model_parallel_group(),
-                      self.config.model["vocab_size"])
+        """The actor's weights as buckets of (HF name, full tensor), on every rank; collective over tensor, expert and pipeline parallel ranks."""
+        self._layout = self._layout or Layout.current()
+        return export(held_tensors(self.chunks), self._tensors, self._layout, self.config.model["vocab_size"])
 
     def weights_changed(self) -> None:
         """After weights were written into the module: the optimizer's fp32 copies follow."""
@@ -97,8 +91,9 @@ class Trainer:
 
     def train(self, batch: TrainBatch) -> dict[str, float]:
         """Train on a rollout; returns its metrics (means over its steps), equal on every rank that `reports`."""
-        multiple = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
-        steps = [[make_pack(samples, self.device, multiple) for samples in step.packs] for step in batch.steps]
+        tp = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+        cp = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
+        steps = [[make_pack(samples, self.device, tp, *cp) for samples in step.packs] for step in batch.steps]
         for step, packs in zip(batch.steps, steps, strict=True):
             for p in packs:
                 p.weights = token_weights(p.masks, step.samples, step.tokens, self.config.calculate_per_token_loss).to(self.device)
@@ -158,30 +153,34 @@ class Trainer:
 
     # ------------------------------------------------------------ passes over packs
 
-    def _run(self, module: Any, packs: list[Pack], loss_func: Any, forward_only: bool) -> list[Any]:
+    def _run(self, chunks: list[Any], packs: list[Pack], loss_func: Any, forward_only: bool) -> list[Any]:
         """Megatron's schedule over the packs; `loss_func(pack, logits)` on the last stage. Returns what it collected, in order."""
+        several = len(chunks) > 1
         def forward_step(packs_left: Iterable[Pack], m: Any) -> tuple[torch.Tensor, Any]:
             p = next(packs_left)        # type: ignore[call-overload]
             out = m(p.tokens[None], p.positions[None], None, packed_seq_params=p.params)
             return out, lambda logits, non_loss_data=False: loss_func(p, logits[0])
         return get_forward_backward_func()(
-            forward_step_func=forward_step, data_iterator=iter(packs), model=module, num_microbatches=len(packs),
+            forward_step_func=forward_step, data_iterator=[iter(packs) for _ in chunks] if several else iter(packs),
+            model=chunks if several else chunks[0], num_microbatches=len(packs),
             seq_length=1, micro_batch_size=1, forward_only=forward_only, collect_non_loss_data=forward_only)
 
     def _response_logprobs(self, p: Pack, logits: torch.Tensor, entropy_grad: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         log_probs, entropy = logprobs_and_entropy(logits, p.targets, self._temperature, self.config.model["vocab_size"],
                                                   parallel_state.get_tensor_model_parallel_group(), entropy_grad)
-        return log_probs[p.read_at], entropy[p.read_at]
+        group = parallel_state.get_context_parallel_group()
+        return tuple(gather_tokens(x, p.bounds, group)[p.read_at] for x in (log_probs, entropy))    # type: ignore[return-value]
 
     @torch.no_grad()
-    def _log_probs(self, module: Any, packs: list[Pack]) -> list[Optional[torch.Tensor]]:
+    def _log_probs(self, chunks: list[Any], packs: list[Pack]) -> list[Optional[torch.Tensor]]:
         """[r] logprobs of each pack's response tokens; None on all but the last pipeline stage."""
-        out = self._run(module, packs, lambda p, logits: self._response_logprobs(p, logits)[0], forward_only=True)
+        out = self._run(chunks, packs, lambda p, logits: self._response_logprobs(p, logits)[0], forward_only=True)
         return out if parallel_state.is_pipeline_last_stage() else [None] * len(packs)
 
     def _step(self, step: TrainStep, packs: list[Pack]) -> dict[str, float]:
         """One optimizer step."""
-        self.ddp.zero_grad_buffer()
+        for chunk in self.ddp:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         collected = self._run(self.ddp, packs, self._loss, forward_only=False)
         self.schedule.step(1)
@@ -241,7 +240,7 @@ class Trainer:
         """Sums (or maxima) of the packs' parts over packs and data-parallel ranks; empty off the last pipeline stage."""
         if not parallel_state.is_pipeline_last_stage():
             return {}
-        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        group = parallel_state.get_data_parallel_group()        # context-parallel ranks all have the whole pack's loss
         out: dict[str, float] = {}
         for maximum in (False, True):
             names = sorted(k for k in collected[0] if k.startswith("max:") == maximum)

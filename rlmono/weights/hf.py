@@ -6,17 +6,20 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Iterable, Mapping
+from typing import Iterable, Mapping, Sequence
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from rlmono.models.mapping import Tensor
+from rlmono.weights.export import Groups
 
 SHARD_BYTES = 5 * 2**30
 # The files beside the weights that make a folder a model: configs, tokenizer, chat template.
 COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.py")
+TIED = ("embedding.word_embeddings.weight", "output_layer.weight", "lm_head.weight")
 
 
 class WeightsError(ValueError):
@@ -39,25 +42,50 @@ def index_of(folder: Path) -> dict[str, Path]:
 
 
 @torch.no_grad()
-def load_hf(folder: Path, parameters: Mapping[str, torch.Tensor], tensors: Iterable[Tensor], tp_rank: int, tp_size: int) -> None:
-    """Fill `parameters` (this rank's, by Megatron name) from an HF folder, one tensor at a time.
+def load_hf(folder: Path, held: Mapping[str, torch.Tensor], tensors: Sequence[Tensor], groups: Groups, vocab_size: int) -> None:
+    """Fill `held` (what this rank has, by Megatron's names in the whole model) from an HF folder, one tensor at a time.
 
-    Raises WeightsError for a tensor that is missing, of the wrong shape or not finite, and for a parameter that nothing fills.
+    Raises WeightsError for a tensor that is missing, of the wrong shape, not finite or of no use, and for a parameter that nothing fills.
     """
-    index, left = index_of(folder), dict(parameters)
+    index, left = index_of(folder), dict(held)
+    known = {name for t in tensors for name in t.hf_names}
+    _refuse_extra(index, folder, known)
     for tensor in tensors:
-        if tensor.name not in left:
-            continue                    # another pipeline stage holds it
-        parameter = left.pop(tensor.name)
+        wanted = [left.pop(tensor.name)] if tensor.name in left else []
+        if tensor.name == TIED[0] and TIED[1] in left and TIED[2] not in known:
+            wanted.append(left.pop(TIED[1]))        # the last pipeline stage's copy of tied embeddings
+        if not wanted:
+            continue                    # another rank's
+        group = groups.expert_tp if tensor.expert else groups.tp
         parts = [_read(index, folder, name) for name in tensor.hf_names]
-        shard = tensor.shard(tensor.to_megatron(parts), tp_rank, tp_size)
-        if shard.shape != parameter.shape:
-            shapes = ", ".join(f"{n} {tuple(p.shape)}" for n, p in zip(tensor.hf_names, parts, strict=True))
-            raise WeightsError(f"{folder}: {shapes} does not fit {tensor.name} {tuple(parameter.shape)} (tensor-parallel rank {tp_rank} of {tp_size}): "
-                               "the weights are not those of config.json")
-        parameter.copy_(shard)
+        for name, part, shape in zip(tensor.hf_names, parts, _hf_shapes(tensor, wanted[0], group.size(), vocab_size), strict=True):
+            if part.shape != shape:
+                raise WeightsError(f"{index[name]}: tensor {name!r} is {tuple(part.shape)}, but config.json makes it {tuple(shape)}")
+        shard = tensor.shard(tensor.to_megatron(parts), dist.get_rank(group), group.size())
+        for parameter in wanted:
+            assert shard.shape == parameter.shape, f"{tensor.name}: {tuple(shard.shape)} for {tuple(parameter.shape)}"
+            parameter.copy_(shard)
     if left:
         raise WeightsError(f"{folder}: nothing fills {', '.join(sorted(left)[:4])}")
+
+
+def _refuse_extra(index: Mapping[str, Path], folder: Path, known: set[str]) -> None:
+    """Tensors that the model has no place for: layers for multi-token prediction and saved rotary frequencies are left out,
+    a head beside tied embeddings must be a copy of them."""
+    prediction = tuple(name.removesuffix("eh_proj.weight") for name in index if name.endswith(".eh_proj.weight"))
+    extra = sorted(name for name in index.keys() - known if not name.endswith(".inv_freq") and not (prediction and name.startswith(prediction)))
+    if extra == [TIED[2]] and (embedding := next((n for n in known if n.endswith("embed_tokens.weight")), None)) in index:
+        if torch.equal(_read(index, folder, TIED[2]), _read(index, folder, str(embedding))):
+            return
+        raise WeightsError(f"{index[TIED[2]]}: {TIED[2]!r} is not {embedding!r}, but config.json has tie_word_embeddings")
+    if extra:
+        raise WeightsError(f"{folder}: {len(extra)} tensor(s) have no place in the model of config.json: {', '.join(extra[:4])}")
+
+
+def _hf_shapes(tensor: Tensor, shard: torch.Tensor, size: int, vocab_size: int) -> list[torch.Size]:
+    """The shapes that the HF tensors must have to make this rank's part."""
+    full = tensor.join([torch.empty_like(shard, device="meta")] * (1 if tensor.replicated else size))
+    return [part[:vocab_size].shape if tensor.vocabulary else part.shape for part in tensor.to_hf(full)]
 
 
 def _read(index: Mapping[str, Path], folder: Path, name: str) -> torch.Tensor:

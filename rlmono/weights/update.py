@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from typing import Any, Iterator, Optional, Protocol, Sequence
 
@@ -57,7 +58,7 @@ class Sender:
     def __init__(self, trainer: Exporter, store: dist.Store, members: Sequence[int], rank: int, device: str, timeout_s: float, check: bool):
         self.trainer, self.check = trainer, check
         self.group: Optional[dist.ProcessGroup] = None
-        plan = [[(name, list(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in bucket] for bucket in trainer.export()]
+        plan = [[(name, list(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in _aligned(bucket)] for bucket in trainer.export()]
         if rank == members[0]:
             store.set("weights/plan", json.dumps(plan))
             self.group = cross_pool_group(store, "weights", members, rank, device, timeout_s)
@@ -69,7 +70,7 @@ class Sender:
             for bucket in self.trainer.export():
                 if self.group is None:
                     continue
-                flat = torch.cat([t.reshape(-1) for _, t in bucket])
+                flat = torch.cat([_bytes(t) for _, t in _aligned(bucket)])
                 if pending is not None:
                     pending[0].wait()
                 pending = (broadcast(flat, self.group, 0), flat)
@@ -106,20 +107,26 @@ class Receiver:
                 started.append(self._start(self.plan[len(started)]))
             work, flat = started[i]
             work.wait()
-            sizes = [_numel(shape) for _, shape, _ in shapes]
-            yield [(name, part.view(shape)) for (name, shape, _), part in zip(shapes, flat.split(sizes), strict=True)]
+            parts = flat.split([_nbytes(shape, dtype) for _, shape, dtype in shapes])
+            yield [(name, part.view(getattr(torch, dtype)).view(shape)) for (name, shape, dtype), part in zip(shapes, parts, strict=True)]
             started[i] = (None, flat[:0])       # let go of the bucket
 
     def _start(self, shapes: list[tuple[str, list[int], str]]) -> tuple[dist.Work, torch.Tensor]:
-        flat = torch.empty(sum(_numel(s) for _, s, _ in shapes), dtype=getattr(torch, shapes[0][2]), device=self.device)
+        flat = torch.empty(sum(_nbytes(shape, dtype) for _, shape, dtype in shapes), dtype=torch.uint8, device=self.device)
         return broadcast(flat, self.group, 0), flat
 
 
-def _numel(shape: Sequence[int]) -> int:
-    n = 1
-    for s in shape:
-        n *= s
-    return n
+def _aligned(bucket: Named) -> Named:
+    """Wide types first, so that each tensor begins at a multiple of its own width."""
+    return sorted(bucket, key=lambda item: -item[1].dtype.itemsize)
+
+
+def _bytes(t: torch.Tensor) -> torch.Tensor:
+    return t.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _nbytes(shape: Sequence[int], dtype: str) -> int:
+    return math.prod(shape) * getattr(torch, dtype).itemsize    # type: ignore[no-any-return]
 
 
 def _refuse(differing: list[str], version: int) -> None:

@@ -330,9 +330,9 @@ def test_malformed_hf_folder(small: Callable[..., Config], tmp_path: Path, conte
 
 
 def test_unknown_architecture(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    (tmp_path / "config.json").write_text('{"architectures": ["GemmaForCausalLM"]}')
     found = problems(lambda: resolve(["--hf-checkpoint", str(tmp_path)], {}))
-    assert found == [f"flag --hf-checkpoint: {tmp_path}: architecture 'LlamaForCausalLM' is not known; "
+    assert found == [f"flag --hf-checkpoint: {tmp_path}: architecture 'GemmaForCausalLM' is not known; "
                      f"known: {', '.join(sorted(registry.FAMILIES))}"]
 
 
