@@ -17,6 +17,11 @@ SHAPE = {
     "kv_channels": "int", "vocab_size": "int", "rotary_base": "float", "rotary_percent": "float", "norm_epsilon": "float",
     "qk_layernorm": "bool", "add_qkv_bias": "bool", "untie_embeddings_and_output_weights": "bool",
     "max_position_embeddings": "int", "init_method_std": "float",
+    "num_moe_experts": "int", "moe_router_topk": "int", "moe_ffn_hidden_size": "int", "moe_shared_expert_intermediate_size": "int",
+    "moe_layer_freq": "list", "moe_router_score_function": "str", "moe_router_pre_softmax": "bool", "moe_router_enable_expert_bias": "bool",
+    "moe_router_bias_update_rate": "float", "moe_router_topk_scaling_factor": "float", "moe_router_num_groups": "int",
+    "moe_router_group_topk": "int", "multi_latent_attention": "bool", "q_lora_rank": "int", "kv_lora_rank": "int", "qk_head_dim": "int",
+    "qk_pos_emb_head_dim": "int", "v_head_dim": "int", "rotary_scaling_factor": "float", "mscale": "float", "mscale_all_dim": "float",
 }
 """Model shape by Megatron's command-line names: the HF config says it, and flags may say it again."""
 
@@ -161,7 +166,7 @@ def _megatron(name: str) -> Optional[Target]:
         key = MEGATRON_RENAMED[name]
         return replace(find(key), note=f"is {key} here")
     if name in SHAPE:
-        return Target("model", name, Kind(SHAPE[name]))
+        return Target("model", name, Kind("int", many=True, single=True) if SHAPE[name] == "list" else Kind(SHAPE[name]))
     kinds = megatron_names().kinds
     return Target("megatron", name, kinds[name]) if name in kinds else None
 

@@ -193,17 +193,17 @@ class Parallel:
 
     tensor_model_parallel_size: int = option(1, "Tensor parallel.", minimum=1)
     sequence_parallel: bool = option(False, "Sequence parallel in the norms, with tensor parallel.")
-    pipeline_model_parallel_size: int = option(1, "Pipeline parallel.", minimum=1, later_above=(1, "pipeline parallel training"))
+    pipeline_model_parallel_size: int = option(1, "Pipeline parallel.", minimum=1)
     virtual_pipeline_model_parallel_size: Optional[int] = option(
-        None, "Model chunks a pipeline stage.", minimum=1, later="pipeline parallel training")
+        None, "Model chunks a pipeline stage.", minimum=1)
     decoder_first_pipeline_num_layers: Optional[int] = option(
-        None, "Layers of the first stage.", minimum=1, later="pipeline parallel training")
+        None, "Layers of the first stage.", minimum=1)
     decoder_last_pipeline_num_layers: Optional[int] = option(
-        None, "Layers of the last stage.", minimum=1, later="pipeline parallel training")
-    context_parallel_size: int = option(1, "Context parallel.", minimum=1, later_above=(1, "context parallel training"))
-    expert_model_parallel_size: int = option(1, "Expert parallel.", minimum=1, later_above=(1, "mixture-of-experts training"))
+        None, "Layers of the last stage.", minimum=1)
+    context_parallel_size: int = option(1, "Context parallel.", minimum=1)
+    expert_model_parallel_size: int = option(1, "Expert parallel.", minimum=1)
     expert_tensor_parallel_size: Optional[int] = option(
-        None, "Tensor parallel of the experts.", minimum=1, later_above=(1, "mixture-of-experts training"))
+        None, "Tensor parallel of the experts.", minimum=1)
     recompute_granularity: Optional[str] = option(None, "Recompute activations in the backward pass.", choices=("full", "selective"))
     recompute_method: Optional[str] = option(None, "With full recompute.", choices=("uniform", "block"))
     recompute_num_layers: Optional[int] = option(None, "With full recompute.", minimum=1)

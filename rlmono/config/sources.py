@@ -122,11 +122,16 @@ def _add_model(found: Found) -> list[str]:
     except ConfigError as error:
         return [f"{found.origin['hf_checkpoint']}: {problem}" for problem in error.problems]
     given = found.values["model"]
-    problems = [f"{found.origin[f'model.{k}']}: {k} is {v}, but {path}/config.json says {shape[k]}: its weights would not fit; leave it out"
-                for k, v in given.items() if k in shape and k not in names.FREE_SHAPE and v != shape[k]]
+    problems = [f"{found.origin[f'model.{k}']}: {k} is {v}, but {path}/config.json says {shape.get(k)}: its weights would not fit; leave it out"
+                for k, v in given.items() if k not in names.FREE_SHAPE and not _same(v, shape.get(k))]
     found.values["model"] = {**shape, **given}
     found.origin.update({f"model.{k}": f"{path}/config.json" for k in shape if k not in given})
     return problems
+
+
+def _same(given: Any, said: Any) -> bool:
+    """Lists are equal to tuples, and what is off may be left unsaid."""
+    return (list(given) if isinstance(given, (list, tuple)) else given) == said or (not given and not said)
 
 
 def _finish(found: Found, environ: Mapping[str, str]) -> Config:

@@ -21,7 +21,6 @@ SGLANG_LATER = {
     "deepep_mode": "engines with expert parallelism", "moe_dense_tp_size": "engines with expert parallelism",
     "pp_size": "engines with pipeline parallelism",
 }
-MLA = ("multi_latent_attention", "q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
 
 
 @dataclass(frozen=True)
@@ -98,12 +97,6 @@ def unsupported(config: Config) -> list[str]:
              if (feature := option.coming(value := getattr(config, field.name), field.default))]
     found += [f"--sglang-{_dashes(name)} {_shown(value)}: {SGLANG_LATER[name]} come later"
               for name, value in config.sglang.items() if name in SGLANG_LATER and (value is True or value not in (None, False, 1, "none"))]
-    experts = config.megatron.get("num_moe_experts") or config.model.get("num_moe_experts")
-    if experts or any(name.startswith("moe_") for name in config.megatron):
-        what = f"{experts} experts" if experts else ", ".join("--" + _dashes(n) for n in config.megatron if n.startswith("moe_"))
-        found.append(f"{what}: mixture-of-experts training comes later")
-    if any(config.megatron.get(name) or config.model.get(name) for name in MLA):
-        found.append("multi-latent attention comes later")
     if quantization := config.model.get("quantization_config"):
         method = quantization.get("quant_method", "quantised")
         found.append(f"--hf-checkpoint {config.hf_checkpoint} holds {method} weights: rollouts in fp8 come later; use the bf16 folder")
@@ -113,7 +106,7 @@ def unsupported(config: Config) -> list[str]:
 def _shape(config: Config) -> Iterator[str]:
     model, tp, engine_tp = config.model, config.tensor_model_parallel_size, config.rollout_num_gpus_per_engine
     for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
-        if model.get(name) and model[name] % tp and not (name == "num_query_groups" and config.megatron.get("multi_latent_attention")):
+        if model.get(name) and model[name] % tp and not (name == "num_query_groups" and model.get("multi_latent_attention")):
             yield f"tensor_model_parallel_size {tp} does not divide the model's {name} {model[name]}"
     if config.sglang.get("enable_dp_attention"):
         replicas = config.sglang.get("dp_size", 1)

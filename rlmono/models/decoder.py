@@ -83,7 +83,7 @@ def experts(shape: Shape, i: int) -> list[Tensor]:
         out.append(Replicated(f"{m}.router.expert_bias", f"{h}.gate.e_score_correction_bias"))
     if shape.get("moe_shared_expert_intermediate_size"):
         out += mlp(f"{m}.shared_experts", f"{h}.shared_experts")
-    for e in range(shape["num_experts"]):
+    for e in range(shape["num_moe_experts"]):
         me, he = f"{m}.experts.local_experts.{e}", f"{h}.experts.{e}"
         out += [ExpertGatedRows(f"{me}.linear_fc1.weight", f"{he}.gate_proj.weight", f"{he}.up_proj.weight"),
                 ExpertColumns(f"{me}.linear_fc2.weight", f"{he}.down_proj.weight")]
@@ -92,7 +92,7 @@ def experts(shape: Shape, i: int) -> list[Tensor]:
 
 def layer_mlp(shape: Shape, i: int) -> list[Tensor]:
     """Layer i's MLP, dense or of experts, as `moe_layer_freq` says."""
-    if shape.get("num_experts") and shape["moe_layer_freq"][i]:
+    if shape.get("num_moe_experts") and shape["moe_layer_freq"][i]:
         return experts(shape, i)
     return mlp(f"decoder.layers.{i}.mlp", f"model.layers.{i}.mlp")
 

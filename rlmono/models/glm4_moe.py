@@ -28,7 +28,7 @@ def sigmoid_experts(hf: Shape) -> dict[str, Any]:
     if not hf.get("norm_topk_prob", True):
         raise ValueError("config.json: norm_topk_prob false is not supported with sigmoid scores")
     shared = (hf.get("n_shared_experts") or 0) * hf["moe_intermediate_size"]
-    return {"num_experts": hf["n_routed_experts"], "moe_router_topk": topk, "moe_ffn_hidden_size": hf["moe_intermediate_size"],
+    return {"num_moe_experts": hf["n_routed_experts"], "moe_router_topk": topk, "moe_ffn_hidden_size": hf["moe_intermediate_size"],
             "moe_shared_expert_intermediate_size": shared or None, "moe_router_score_function": "sigmoid", "moe_router_pre_softmax": False,
             "moe_router_enable_expert_bias": True, "moe_router_bias_update_rate": 0.0,
             "moe_router_topk_scaling_factor": float(hf.get("routed_scaling_factor", 1.0)),

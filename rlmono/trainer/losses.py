@@ -49,6 +49,6 @@ def kl_estimate(log_probs: torch.Tensor, ref_log_probs: torch.Tensor, kind: str)
     if kind == "k2":
         return d.square() / 2
     if kind in ("k3", "low_var_kl"):
-        k3 = (-d).exp() - 1 + d
+        k3 = (-d).expm1() + d           # exp(…) - 1 would round a small KL away
         return k3.clamp(-10, 10) if kind == "low_var_kl" else k3
     raise ValueError(f"unknown kl_loss_type {kind!r}")

@@ -53,7 +53,7 @@ def transformer_config(config: Config, dtype: torch.dtype) -> TransformerConfig:
         bias_activation_fusion=False, bias_dropout_fusion=False, apply_rope_fusion=False, masked_softmax_fusion=False,
         gradient_accumulation_fusion=False)
     values.update(_layout(config))
-    if s.get("num_experts"):
+    if s.get("num_moe_experts"):
         values.update(_experts(s))
     if cls is MLATransformerConfig:
         values.update(_latent_attention(s))
@@ -76,7 +76,7 @@ def _experts(s: Any) -> dict[str, Any]:
             "moe_router_pre_softmax", "moe_router_enable_expert_bias", "moe_router_bias_update_rate", "moe_router_topk_scaling_factor",
             "moe_router_num_groups", "moe_router_group_topk")
     return {name: s[name] for name in same if name in s} | dict(
-        num_moe_experts=s["num_experts"], moe_router_dtype="fp32", moe_router_load_balancing_type="none", moe_aux_loss_coeff=0.0,
+        num_moe_experts=s["num_moe_experts"], moe_router_dtype="fp32", moe_router_load_balancing_type="none", moe_aux_loss_coeff=0.0,
         moe_grouped_gemm=False, moe_permute_fusion=False)
 
 

@@ -52,6 +52,7 @@ def make_pack(samples: Sequence[TrainSample], device: torch.device, multiple: in
     """The pack of these samples. Its length is rounded up to `multiple` by a sequence of padding that nothing reads; with
     context parallelism each sequence is, to a multiple of 2 · cp_size · multiple, and the rank gets its chunks of it."""
     sequences = [np.frombuffer(s.tokens, np.int32).astype(np.int64) for s in samples]
+    assert all(s.response_length < len(x) for s, x in zip(samples, sequences, strict=True)), "a sample needs a prompt token, which predicts its first"
     ends_at = np.array([len(x) for x in sequences])         # where each sample ends within its padded sequence
     if cp_size > 1:
         sequences = [np.pad(x, (0, -len(x) % (2 * cp_size * multiple))) for x in sequences]
@@ -70,5 +71,5 @@ def make_pack(samples: Sequence[TrainSample], device: torch.device, multiple: in
     return Pack(list(samples), on(tokens[mine]), on(positions[mine]), on(targets[mine]),
                 PackedSeqParams(qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_seqlen_q=max(lengths), max_seqlen_kv=max(lengths)),
                 bounds, on(read_at), [torch.from_numpy(np.frombuffer(s.loss_mask, np.uint8).astype(np.float32)) for s in samples], on(sample_of),
-                on(np.frombuffer(rollout, np.float32).copy()) if rollout else None,
+                on(np.frombuffer(rollout, np.float32).copy()) if rollout or not len(read_at) else None,
                 torch.zeros(0, device=device), torch.zeros(len(read_at), device=device))

@@ -221,7 +221,7 @@ class Trainer:
         loss = pg_loss = (w * token_loss).sum()
         change = log_probs.detach() - old
         parts = {"train/pg_loss": pg_loss.detach(), "train/pg_clipfrac": (w * clipped).sum(),
-                 "train/ppo_kl": (w * (change.exp() - 1 - change)).sum()}
+                 "train/ppo_kl": (w * (change.expm1() - change)).sum()}
         if c.entropy_coef > 0:
             loss = loss - c.entropy_coef * (w * entropy).sum()
         if p.ref_log_probs is not None:
