@@ -44,8 +44,10 @@ def load(trainer: Trainer, folder: Path, with_optimizer: bool) -> None:
     if not with_optimizer:
         trainer.weights_changed()
         return
-    trainer.optimizer.load_state_dict(loaded["optimizer"])
-    _unshare_steps(trainer.optimizer)
+    for i, optimizer in enumerate(trainer.optimizers):
+        optimizer.load_parameter_state_from_fully_reshardable(loaded["optimizer"][i])
+        for adam in optimizer.optimizer.state.values():
+            adam["step"] = torch.tensor(float(loaded["adam_steps"]))        # each its own: a shared one would run away
     trainer.schedule.load_state_dict(loaded["schedule"])
     trainer.skipped_steps = loaded["skipped_steps"]
 
@@ -71,17 +73,12 @@ def _metadata() -> dict[str, Any]:
 
 
 def _state(trainer: Trainer, loading: bool) -> dict[str, Any]:
+    """What is saved. Optimizer states are named by their parameter in the whole model, and not by the optimizer that has
+    them here: Megatron keeps experts in one of their own, but only under expert parallelism."""
     models = _chunks(trainer.chunks)
-    for_optimizer = models["model"] if len(models) == 1 else models
-    return {**models, "optimizer": trainer.optimizer.sharded_state_dict(for_optimizer, is_loading=loading, metadata=_metadata()),
-            "schedule": trainer.schedule.state_dict(), "skipped_steps": trainer.skipped_steps}
-
-
-def _unshare_steps(optimizer: Any) -> None:
-    """After a load one `step` tensor is shared by all parameters, and each of them would advance it."""
-    for single in getattr(optimizer, "chained_optimizers", [optimizer]):
-        for state in single.optimizer.state.values():
-            state["step"] = state["step"].clone()
+    optimizer = {i: o.sharded_param_state_fully_reshardable(models, loading, _metadata()) for i, o in enumerate(trainer.optimizers)}
+    steps = next((int(s["step"]) for o in trainer.optimizers for s in o.optimizer.state.values()), 0)
+    return {**models, "optimizer": optimizer, "adam_steps": steps, "schedule": trainer.schedule.state_dict(), "skipped_steps": trainer.skipped_steps}
 
 
 def _install() -> None:

@@ -59,6 +59,11 @@ class Trainer:
         return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
 
     @property
+    def optimizers(self) -> list[Any]:
+        """The distributed optimizers: one, or a second for experts under expert parallelism."""
+        return [o for o in getattr(self.optimizer, "chained_optimizers", [self.optimizer]) if not getattr(o, "is_stub_optimizer", False)]
+
+    @property
     def reports(self) -> bool:
         """True on the one rank whose metrics are the step's."""
         return (parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
@@ -196,7 +201,7 @@ class Trainer:
             self.skipped_steps += 1
             return norm
         from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-        for single in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+        for single in self.optimizers:
             if self.config.clip_grad > 0 and single.get_parameters():
                 clip_grad_by_total_norm_fp32(single.get_parameters(), max_norm=self.config.clip_grad, total_norm=norm)
         self.optimizer.step_with_ready_grads()
