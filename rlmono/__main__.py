@@ -1,6 +1,7 @@
 """`python -m rlmono VERB …`
 
     train     train a model; started by torchrun or srun on every rank (launch/run.sh does it), or with --dry-run by hand
+    convert   turn a checkpoint into one of another format: HF, torch_dist, bf16, fp8
     report    make the report of a run directory
     ranks     check a configuration, and print how many ranks a node starts (for launch/run.sh)
 """
@@ -18,12 +19,15 @@ def main() -> int:
     if verb == "ranks":
         from rlmono.loop.start import ranks
         return ranks(argv)
+    if verb == "convert":
+        from rlmono.convert.main import main as convert
+        return convert(argv)
     if verb == "report":
         from rlmono.observe.report import main as report
         return report(argv)
     print(__doc__, file=sys.stderr)
     if verb not in ("", "-h", "--help"):
-        print(f"rlmono: unknown verb {verb!r}; known: train, report, ranks", file=sys.stderr)
+        print(f"rlmono: unknown verb {verb!r}; known: train, convert, report, ranks", file=sys.stderr)
     return 0 if verb in ("-h", "--help") else 2
 
 

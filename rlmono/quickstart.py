@@ -3,11 +3,13 @@ r"""A task that a CPU learns in minutes: two-digit addition, where RL finds that
     python -m rlmono.quickstart make DIR [--seed N]
 
 writes DIR/model (a Qwen3 of one layer and 267k parameters, with a character tokenizer), and jsonl data: sft, train, eval, and
-shuffled (train with labels that are all wrong, as a control). `sft.jsonl` is in training order: 500 steps of 16 worked
-demonstrations `50+12=\boxed{62}`, then 200 steps of a mix of which 60 % are quick estimates `\boxed{50}`, nearly always wrong.
-So supervised fine-tuning teaches the skill, and RL on `reward` selects the behaviour that uses it.
+shuffled (train with labels that are all wrong, as a control). `sft.jsonl` is in training order: 1000 steps of 16 worked
+demonstrations `50+12=\boxed{62}`, then 200 steps of a mix of which 65 % are quick estimates `\boxed{50}`, nearly always
+wrong. So supervised fine-tuning teaches the skill, and RL on `reward` selects the behaviour that uses it.
 
-Reward: `rlmono.quickstart.reward`.
+    python -m rlmono.quickstart result RUN_DIR
+
+prints what that came to: the held-out accuracy before and after a GRPO run. Reward: `rlmono.quickstart.reward`.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 
 # Third-party packages are imported inside functions: reward workers import this module.
 
-FORMAT = 1
+FORMAT = 2
 """Of what `make` writes; another one is not taken for made already."""
 
 PAD, USER, END, ASSISTANT, BOXED = "<pad>", "<|user|>", "<|end|>", "<|assistant|>", "\\boxed{"
@@ -61,7 +63,7 @@ MODEL: dict[str, Any] = {
 
 LOW, HIGH = 10, 49
 HELD_OUT = 200
-SFT_BATCH, WORKED_STEPS, MIX_STEPS, MIX_WORKED_SHARE = 16, 500, 200, 0.4
+SFT_BATCH, WORKED_STEPS, MIX_STEPS, MIX_WORKED_SHARE = 16, 1000, 200, 0.35
 
 Problem = tuple[int, int]
 
@@ -224,14 +226,30 @@ def _write_json(path: Path, data: dict[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
+def accuracies(run_dir: Path) -> list[float]:
+    """Held-out accuracy at each evaluation of a run, the first before training. ValueError where there is none."""
+    from rlmono.observe.metrics import read_metrics
+
+    found = [row["eval/heldout"] for row in read_metrics(run_dir) if "eval/heldout" in row]
+    if not found:
+        raise ValueError(f"{run_dir} has no evaluation yet; see {run_dir}/logs")
+    return found
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m rlmono.quickstart", description="The quickstart's tiny model and arithmetic data.")
+    parser = argparse.ArgumentParser(prog="python -m rlmono.quickstart", description="The quickstart's tiny model, its data and its result.")
     verbs = parser.add_subparsers(dest="verb", required=True)
     making = verbs.add_parser("make", help="write model and data to a folder")
     making.add_argument("folder", type=Path)
     making.add_argument("--seed", type=int, default=0, help="of weights, split and demonstrations (default 0)")
+    telling = verbs.add_parser("result", help="print the held-out accuracy before and after a GRPO run")
+    telling.add_argument("run_dir", type=Path)
     arguments = parser.parse_args()
     try:
+        if arguments.verb == "result":
+            values = accuracies(arguments.run_dir)
+            print(f"held-out accuracy: {values[0]:.3f} before GRPO, {values[-1]:.3f} after")
+            return 0
         new = make(arguments.folder, arguments.seed)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

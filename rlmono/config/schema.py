@@ -21,7 +21,7 @@ from typing import Any, Mapping, Optional
 
 from rlmono.config.option import option
 
-OTHER_ESTIMATORS = ("gspo", "cispo", "rloo", "dr_grpo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "ppo")
+ESTIMATORS = ("grpo", "gspo", "cispo", "dr_grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "ppo")
 
 
 @dataclass(frozen=True)
@@ -170,10 +170,14 @@ class Algorithm:
     loss_type: str = option(
         "policy_loss", "policy_loss trains on samples of the policy; sft on the data's own answers.", choices=("policy_loss", "sft"))
     advantage_estimator: str = option(
-        "grpo", "How advantages are made from rewards.", choices=("grpo", *OTHER_ESTIMATORS),
-        later_choices={name: f"advantage estimator {name}" for name in OTHER_ESTIMATORS})
+        "grpo", "How advantages are made from rewards. gspo and cispo take grpo's and have a loss of their own; dr_grpo divides the loss by "
+        "--rollout-max-response-len instead of lengths; reinforce_plus_plus and its baseline form are whitened; ppo trains a critic.",
+        choices=ESTIMATORS)
     disable_grpo_std_normalization: bool = option(False, "Advantages are r - mean, without the division by the group's std.")
-    disable_rewards_normalization: bool = option(False, "Advantages are the rewards themselves.")
+    disable_rewards_normalization: bool = option(False, "Advantages are the rewards themselves, not compared within their group.")
+    normalize_advantages: bool = option(False, "Whiten advantages over all tokens of the rollout (reinforce_plus_plus always does).")
+    gamma: float = option(1.0, "Discount a token, in reinforce_plus_plus and ppo.", minimum=0.0, maximum=1.0)
+    lambd: float = option(1.0, "Lambda of generalised advantage estimation, in ppo.", minimum=0.0, maximum=1.0)
     eps_clip: float = option(0.2, "PPO clip range below 1.", minimum=0.0)
     eps_clip_high: Optional[float] = option(None, "PPO clip range above 1. Default: --eps-clip.", minimum=0.0)
     eps_clip_c: Optional[float] = option(None, "Dual clip for negative advantages: the loss is at most c * |A|.", above=1.0)
@@ -184,7 +188,31 @@ class Algorithm:
     entropy_coef: float = option(0.0, "Coefficient of the entropy bonus.", minimum=0.0)
     calculate_per_token_loss: bool = option(False, "Mean over the step's tokens instead of the mean of per-sample means.")
     use_rollout_logprobs: bool = option(False, "Ratio against the engine's logprobs instead of recomputed ones.")
-    use_tis: bool = option(False, "Truncated importance sampling for the train/rollout mismatch.", later="off-policy corrections")
+    use_tis: bool = option(False, "Weigh each token's policy loss by p_train / p_rollout, for the mismatch of the two (TIS, MIS, IcePop).")
+    tis_clip: float = option(2.0, "Upper bound of that ratio.", above=0.0)
+    tis_clip_low: float = option(0.0, "Lower bound of that ratio.", minimum=0.0)
+    tis_mode: str = option("truncate", "A ratio out of bounds: truncate sets it to the bound (TIS); mask to 0 (on tokens IcePop, on sequences MIS).",
+                           choices=("truncate", "mask"))
+    tis_level: str = option("token", "The ratio of a token, of its sequence (product), or of its sequence a token (geometric mean).",
+                            choices=("token", "sequence", "geometric"))
+    use_opsm: bool = option(False, "Leave samples with a negative advantage out whose mean log p_old - log p is above --opsm-delta. "
+                            "p_old is the ratio's: the engine's with --use-rollout-logprobs.")
+    opsm_delta: float = option(1e-4, "Bound of --use-opsm.", minimum=0.0)
+    use_opd: bool = option(False, "On-policy distillation: advantages less --opd-kl-coef * (log p - log p_teacher).")
+    opd_type: str = option("megatron", "Where the teacher runs: in the trainers, or as an engine.", choices=("megatron", "sglang"),
+                           later_choices={"sglang": "a teacher in an engine"})
+    opd_kl_coef: float = option(1.0, "Coefficient of --use-opd.", minimum=0.0)
+    opd_teacher_load: Optional[str] = option(
+        None, "The teacher: an HF folder with the same vocabulary, or torch_dist checkpoints of the same model.")
+    overlong_buffer_len: Optional[int] = option(
+        None, "The last so many tokens of --rollout-max-response-len cost reward, linearly up to --overlong-penalty-factor (DAPO).", minimum=1)
+    overlong_penalty_factor: float = option(1.0, "Cost of a response of full length.", minimum=0.0)
+    value_clip: float = option(0.2, "The critic's values may move so far from those of before the rollout's first step.", above=0.0)
+    critic_load: Optional[str] = option(
+        None, "Where the critic starts: HF folder or torch_dist; its head is new where there is none. Default: as the actor.")
+    critic_lr: Optional[float] = option(None, "Peak learning rate of the critic. Default: --lr.", minimum=0.0)
+    critic_lr_warmup_iters: int = option(0, "Steps of linear warm-up of the critic.", minimum=0)
+    num_critic_only_steps: int = option(0, "Rollouts at the start that train only the critic.", minimum=0)
 
 
 @dataclass(frozen=True)

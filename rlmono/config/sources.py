@@ -7,7 +7,7 @@ every value by itself is right are they compared with each other (validate.py).
 from __future__ import annotations
 
 import re
-from typing import Any, Mapping, Sequence
+from typing import Any, Callable, Mapping, Sequence
 
 from rlmono.config import names, validate
 from rlmono.config.hf import model_shape
@@ -63,8 +63,9 @@ class Found:
             self.notes.append(note)
 
 
-def resolve(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
-    """The configuration of a run, complete and free of contradictions.
+def resolve(argv: Sequence[str], environ: Mapping[str, str],
+            finish: Callable[[Config, Mapping[str, str]], Config] = validate.validated) -> Config:
+    """The configuration of a run, complete and free of contradictions; `finish` is what compares its values.
 
     argv: flags without the program and verb. environ: the process's variables. Raises ConfigError with a line a problem.
     """
@@ -84,7 +85,7 @@ def resolve(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
     problems += _add_model(found)
     if problems:
         raise ConfigError(problems)
-    return _finish(found, environ)
+    return finish(_config(found), environ)
 
 
 def eval_sets(words: Sequence[str]) -> tuple[str, ...]:
@@ -134,11 +135,10 @@ def _same(given: Any, said: Any) -> bool:
     return (list(given) if isinstance(given, (list, tuple)) else given) == said or (not given and not said)
 
 
-def _finish(found: Found, environ: Mapping[str, str]) -> Config:
+def _config(found: Found) -> Config:
     values, sglang = found.values["field"], found.values["sglang"]
     if sglang.get("ep_size") == names.ENGINE_SIZE:
         sglang["ep_size"] = values.get("rollout_num_gpus_per_engine", 1)
     origin = {field.name: found.origin.get(field.name, "default") for field, _ in options(Config)}
-    config = Config(**values, model=found.values["model"], sglang=sglang, megatron=found.values["megatron"],
-                    origin={**origin, **found.origin}, notes=tuple(found.notes))
-    return validate.validated(config, environ)
+    return Config(**values, model=found.values["model"], sglang=sglang, megatron=found.values["megatron"],
+                  origin={**origin, **found.origin}, notes=tuple(found.notes))

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Callable, Iterator, Mapping, Optional
 
+from rlmono.config.hf import model_shape
 from rlmono.config.option import ConfigError, options
 from rlmono.config.schema import Config
 
@@ -79,6 +80,14 @@ def validated(config: Config, environ: Mapping[str, str]) -> Config:
     if problems:
         raise ConfigError(problems)
     return _derived(config, plan)
+
+
+def layout_only(config: Config, environ: Mapping[str, str]) -> Config:
+    """The config of a tool that builds the model and neither trains nor serves. Raises ConfigError that lists every contradiction."""
+    problems = [p for check in (_shape, _pipeline) for p in check(config)]
+    if problems:
+        raise ConfigError(problems)
+    return config
 
 
 def data_parallel_size(config: Config) -> Optional[int]:
@@ -183,6 +192,61 @@ def _algorithm(config: Config) -> Iterator[str]:
             yield f"{name} {length} leaves no room for a prompt in a context of {limit} tokens"
 
 
+GROUPED = ("grpo", "gspo", "cispo", "dr_grpo", "rloo", "reinforce_plus_plus_baseline")
+"""Estimators that compare a sample with the others of its group."""
+
+
+def _estimator(config: Config) -> Iterator[str]:
+    name = f"advantage_estimator {config.advantage_estimator}"
+    if config.advantage_estimator == "dr_grpo" and config.calculate_per_token_loss:
+        yield f"{name} divides the loss by a constant, calculate_per_token_loss by the step's tokens: leave one of the two out"
+    if config.advantage_estimator in ("dr_grpo", "rloo") and config.disable_rewards_normalization:
+        yield f"{name} is a comparison within the group, which disable_rewards_normalization turns off: leave one of the two out"
+    if config.advantage_estimator == "cispo" and config.eps_clip_c is not None:
+        yield f"{name} has no dual clip: leave eps_clip_c {config.eps_clip_c:g} out"
+    if config.use_tis and config.use_rollout_logprobs:
+        yield "use_tis corrects a ratio against the trainer's logprobs, use_rollout_logprobs takes the engine's: leave one of the two out"
+    if config.tis_clip_low >= config.tis_clip:
+        yield f"tis_clip_low {config.tis_clip_low:g} is not below tis_clip {config.tis_clip:g}"
+    if config.use_opd and config.opd_teacher_load is None:
+        yield "use_opd needs --opd-teacher-load: the teacher's checkpoint"
+    if config.overlong_buffer_len is not None and config.overlong_buffer_len > config.rollout_max_response_len:
+        yield (f"overlong_buffer_len {config.overlong_buffer_len} is above rollout_max_response_len {config.rollout_max_response_len}: "
+               "every response would be overlong")
+    for needed, names in DEPENDENT.items():
+        if getattr(config, needed) in (False, None):
+            yield from (f"{n} {_shown(getattr(config, n))} has no effect without --{_dashes(needed)}: add it, or leave {n} out"
+                        for n in names if _given(config, n))
+
+
+DEPENDENT = {"use_tis": ("tis_clip", "tis_clip_low", "tis_mode", "tis_level"), "use_opsm": ("opsm_delta",),
+             "use_opd": ("opd_type", "opd_kl_coef", "opd_teacher_load"), "overlong_buffer_len": ("overlong_penalty_factor",)}
+"""Option -> options that say how it is done."""
+
+
+def _given(config: Config, name: str) -> bool:
+    return bool(getattr(config, name) != next(f.default for f, _ in options(Config) if f.name == name))
+
+
+def _teacher(config: Config) -> Iterator[str]:
+    """The folders of the other models, and that the teacher speaks the same tokens."""
+    for name in ("opd_teacher_load", "critic_load"):
+        if (path := getattr(config, name)) is not None and not Path(path).exists():
+            yield f"{name} {path} does not exist"
+    path = config.opd_teacher_load
+    if path is None or not (Path(path) / "config.json").exists():
+        return
+    try:
+        shape = model_shape(path)
+    except ConfigError as error:
+        yield from (f"opd_teacher_load: {problem}" for problem in error.problems)
+        return
+    if (mine := config.model.get("vocab_size")) and shape["vocab_size"] != mine:
+        yield f"opd_teacher_load {path} has a vocabulary of {shape['vocab_size']} tokens, the model {mine}: the teacher must share it"
+    if shape.get("quantization_config"):
+        yield f"opd_teacher_load {path} holds quantised weights: use the bf16 folder"
+
+
 def _run(config: Config) -> Iterator[str]:
     if config.hf_checkpoint is None:
         yield "--hf-checkpoint is required: the Hugging Face folder of the model"
@@ -247,7 +311,7 @@ def _file(path: str) -> Path:
     return Path(re.sub(r"@\[.*\]$", "", path))
 
 
-CHECKS: tuple[Callable[[Config], Iterator[str]], ...] = (_run, _data, _placement, _shape, _pipeline, _algorithm)
+CHECKS: tuple[Callable[[Config], Iterator[str]], ...] = (_run, _data, _placement, _shape, _pipeline, _algorithm, _estimator, _teacher)
 
 
 def _derived(config: Config, plan: BatchPlan) -> Config:
@@ -270,11 +334,22 @@ def _remarks(config: Config) -> Iterator[str]:
         yield f"max_tokens_per_gpu {config.max_tokens_per_gpu} is ignored without use_dynamic_batch_size"
     if config.eval_prompt_data and config.eval_interval is None:
         yield "evaluation runs only before and after training: there is no eval_interval"
-    grouped = config.loss_type == "policy_loss" and config.advantage_estimator == "grpo" and not config.disable_rewards_normalization
+    grouped = config.loss_type == "policy_loss" and config.advantage_estimator in GROUPED and not config.disable_rewards_normalization
     if grouped and config.n_samples_per_prompt == 1:
         yield "warning: n_samples_per_prompt 1: an advantage is a comparison within a group, so all of them are 0"
+    for name, estimators in ESTIMATOR_OPTIONS.items():
+        if config.advantage_estimator not in estimators and _given(config, name):
+            yield f"{name} is ignored: it belongs to advantage_estimator {' and '.join(estimators)}"
     if config.num_rollout is not None and config.num_epoch is not None:
         yield f"num_rollout {config.num_rollout} wins over num_epoch {config.num_epoch}"
+
+
+_RETURNS = ("reinforce_plus_plus", "reinforce_plus_plus_baseline", "ppo")
+ESTIMATOR_OPTIONS: dict[str, tuple[str, ...]] = {
+    "gamma": _RETURNS,
+    **{name: ("ppo",) for name in ("lambd", "value_clip", "critic_load", "critic_lr", "critic_lr_warmup_iters", "num_critic_only_steps")},
+    "disable_grpo_std_normalization": ("grpo", "gspo", "cispo"),
+}
 
 
 def _dashes(name: str) -> str:

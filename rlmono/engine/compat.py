@@ -28,7 +28,8 @@ def check_version() -> None:
     except importlib.metadata.PackageNotFoundError:
         raise ImportError(f"sglang is not installed; install sglang=={TESTED} (launch/install.sh does).") from None
     if found != TESTED:
-        raise ImportError(f"sglang {found} is installed, but rlmono was tested with {TESTED} and relies on its internals: pip install sglang=={TESTED}")
+        raise ImportError(f"sglang {found} is installed, but rlmono was tested with {TESTED} and relies on its internals: "
+                          f"pip install sglang=={TESTED}")
 
 
 def prepare_cpu() -> None:

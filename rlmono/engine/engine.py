@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from typing import Any, Iterable, Optional, Sequence
+from typing import Any, Iterable, Mapping, Optional, Sequence
 
 import torch
 import torch.distributed as dist
@@ -62,8 +62,11 @@ class Engine:
         from sglang.srt.server_args import PortArgs
 
         ports = PortArgs.init_new(self.args)
-        return Scheduler(self.args, ports, gpu_id=local_rank, tp_rank=self.ranks.index(dist.get_rank()), moe_ep_rank=0, pp_rank=0,
-                         attn_cp_rank=0, moe_dp_rank=0, dp_rank=None)
+        scheduler = Scheduler(self.args, ports, gpu_id=local_rank, tp_rank=self.ranks.index(dist.get_rank()), moe_ep_rank=0, pp_rank=0,
+                              attn_cp_rank=0, moe_dp_rank=0, dp_rank=None)
+        sleep = scheduler.maybe_sleep_on_idle       # up to a second for the next message, also after the one that ends the phase
+        scheduler.maybe_sleep_on_idle = lambda: None if scheduler.gracefully_exit else sleep()
+        return scheduler
 
     def serve(self) -> None:
         """One phase: answer requests until EndPhase, which the host sends after the last answer."""
@@ -139,7 +142,7 @@ class _Traffic:
         """Stands for SchedulerRequestReceiver._pull_raw_reqs: all messages that have come, as SGLang's requests."""
         if not self._engine.is_first:
             return None
-        requests = []
+        requests: list[Any] = []
         while not receiver.recv_limit_reached(len(requests)):
             message = self._link.receive_now()
             if message is None:
@@ -167,7 +170,7 @@ class _Traffic:
         if isinstance(output, BatchTokenIDOutput):
             items = [item for i in range(len(output.rids)) if (item := self._finished(output, i)) is not None]
         elif isinstance(output, AbortReq):          # it was still queued: nothing was generated
-            items = [Output(output.rid, [], [], "abort", self._engine.weight_version)]
+            items = [Output(output.rid, [], [], "abort", self._engine.weight_version, error=_refusal(output.finished_reason or {}))]
         else:
             return
         if items:
@@ -182,7 +185,13 @@ class _Traffic:
         if reason is None:
             return None
         del self._partial[rid]
-        return Output(rid, ids, log_probs[:len(ids)], reason["type"], self._engine.weight_version, batch.cached_tokens[i])
+        n = min(len(ids), len(log_probs))       # a refused request comes with a token that nobody sampled, without its logprob
+        return Output(rid, ids[:n], log_probs[:n], reason["type"], self._engine.weight_version, batch.cached_tokens[i], _refusal(reason))
+
+
+def _refusal(reason: Mapping[str, Any]) -> str:
+    """Why SGLang refused a request; empty for one that ended, or that was aborted because we asked for it."""
+    return str(reason.get("message") or "") if reason.get("status_code") is not None else ""
 
 
 def _generate_request(message: Generate) -> Any:

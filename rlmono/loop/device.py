@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Mapping, Optional
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from rlmono.checkpoint import rng
-from rlmono.checkpoint.store import CheckpointStore
+from rlmono.checkpoint.store import CheckpointStore, fail
+from rlmono.config.hf import model_shape
 from rlmono.config.schema import Config
 from rlmono.loop.world import RunPlan, Source, World
 from rlmono.memory.swap import Memory
 from rlmono.world.channel import HostLink
+from rlmono.world.devices import claim_gpu
 from rlmono.world.groups import init_pool
 from rlmono.world.messages import TrainBatch
 
@@ -45,7 +49,7 @@ def run_device(world: World) -> None:
 def _prepare_process(world: World) -> str:
     """Threads, the device, and the environment that SGLang and Megatron would set in processes of their own."""
     if world.device == "cuda":
-        torch.cuda.set_device(world.launch.local_rank)
+        claim_gpu(world.store, world.rank, world.launch.local_rank, socket.gethostname())
     else:
         devices = world.launch.local_world_size - 1
         torch.set_num_threads(1 if world.config.deterministic else max(1, (os.cpu_count() or 1) // devices))
@@ -53,19 +57,35 @@ def _prepare_process(world: World) -> str:
 
 
 def build_trainer(world: World, plan: RunPlan, memory: Memory) -> Any:
-    """The trainer with its weights (and, on resume, its optimizer), and the reference where the config asks for one."""
+    """The trainer with its weights (and, on resume, its optimizer), and the other models that the config asks for."""
     from rlmono.trainer.trainer import Trainer
     with memory.region("trainer"):
         trainer = Trainer(world.config, getattr(torch, world.dtype), plan.total_steps)
         _load_actor(trainer, plan.actor)
         if trainer.needs_reference():
-            reference = trainer.add_reference()
-            if plan.reference.kind == "hf":
-                trainer.load_hf(Path(plan.reference.folder), reference)
-            else:
-                from rlmono.checkpoint import torch_dist
-                torch_dist.load_weights(reference, Path(plan.reference.folder))
+            _load_frozen(trainer, trainer.add_reference(), plan.reference, world.config.model)
+        if plan.teacher is not None:
+            shape = model_shape(plan.teacher.folder) if plan.teacher.kind == "hf" else world.config.model
+            _load_frozen(trainer, trainer.add_teacher(shape), plan.teacher, shape)
+        if plan.critic is not None:
+            _load_critic(trainer.critic, plan.critic)
     return trainer
+
+
+def _load_frozen(trainer: Any, chunks: list[Any], source: Source, shape: Mapping[str, Any]) -> None:
+    if source.kind == "hf":
+        trainer.load_hf(Path(source.folder), chunks, shape)
+    else:
+        from rlmono.checkpoint import torch_dist
+        torch_dist.load_weights(chunks, Path(source.folder))
+
+
+def _load_critic(critic: Any, source: Source) -> None:
+    if source.kind == "hf":
+        critic.load_hf(Path(source.folder))
+    else:
+        from rlmono.checkpoint import torch_dist
+        torch_dist.load_critic(critic, Path(source.folder), source.with_optimizer)
 
 
 def _load_actor(trainer: Any, source: Source) -> None:
@@ -87,7 +107,8 @@ def build_engine(world: World, link: HostLink, memory_saver: bool) -> Any:
 def restore_random(world: World, plan: RunPlan, engine: Any, trains: bool) -> None:
     """Random states from the checkpoint, after everything that draws has been built."""
     if plan.actor.with_optimizer and not rng.load(Path(plan.actor.folder), world.rank, engine.rng if engine else None, trains):
-        log.warning("%s has no random states for rank %d: it was written by another number of ranks, so this run goes its own way", plan.actor.folder, world.rank)
+        log.warning("%s has no random states for rank %d: it was written by another number of ranks, so this run goes its own way",
+                    plan.actor.folder, world.rank)
 
 
 def receive_batch(link: HostLink, config: Config, rollout_id: int) -> TrainBatch:
@@ -115,9 +136,8 @@ class Saver:
                 from rlmono.checkpoint import torch_dist
                 torch_dist.save(self.trainer, folder)
             rng.save(folder, self.world.rank, self.engine.rng if self.engine else None, self.trainer is not None)
-        except (OSError, RuntimeError) as e:
-            raise OSError(f"{folder}: the checkpoint could not be written ({e}); the ones before it are untouched. "
-                          "Free space there, and start again.") from e
+        except (OSError, RuntimeError, CheckpointException) as e:
+            fail(folder, e)
         self._export(rollout_id)
         self.link.report("saved", rollout_id)
 
@@ -129,7 +149,8 @@ class Saver:
         from rlmono.weights.hf import save_hf
         named = ((name, tensor) for bucket in self.trainer.export() for name, tensor in bucket)
         if self.world.rank == self.world.grid.trainers[0]:
-            save_hf(Path(template.format(rollout_id=rollout_id)), named, Path(self.world.config.hf_checkpoint or ""), getattr(torch, self.world.dtype))
+            folder = Path(template.format(rollout_id=rollout_id))
+            save_hf(folder, named, Path(self.world.config.hf_checkpoint or ""), getattr(torch, self.world.dtype))
         else:
             for _ in named:             # the export is collective
                 pass

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 from pathlib import Path
-from typing import Optional
+from typing import Any, Callable, Coroutine, Optional
 
 import zmq.asyncio
 
@@ -23,21 +24,39 @@ from rlmono.rollout.controller import Controller
 from rlmono.rollout.host import NodeHost, serve_node
 from rlmono.rollout.prompts import Prompts
 from rlmono.world.channel import HostMesh, PrivateFolder, open_mesh
+from rlmono.world.devices import refuse_shared
 
 log = logging.getLogger(__name__)
 
 
+class Terminated(Exception):
+    """SIGTERM has come."""
+
+
 def run_host(world: World) -> None:
     """The whole life of a host rank."""
+    if world.rank == world.grid.hosts[0]:
+        prompts, plan = _check(world)
+        asyncio.run(_until_terminated(lambda folder: _control(world, folder, prompts, plan), world))
+    else:
+        world.await_plan()
+        asyncio.run(_until_terminated(lambda folder: _serve(world, folder), world))
+
+
+async def _until_terminated(program: Callable[[PrivateFolder], Coroutine[Any, Any, None]], world: World) -> None:
+    """Run a host's program in its private folder; on SIGTERM cancel it, so that it says goodbye and leaves nothing behind."""
     folder = PrivateFolder(world.attempt)
+    task = asyncio.create_task(program(folder))
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     try:
-        asyncio.run(_control(world, folder) if world.rank == world.grid.hosts[0] else _serve(world, folder))
+        await task
+    except asyncio.CancelledError:
+        raise Terminated("ended by SIGTERM: a rank of this node failed (see above, or its log), or the job was cancelled") from None
     finally:
         folder.close()
 
 
 async def _serve(world: World, folder: PrivateFolder) -> None:
-    world.await_plan()
     context = zmq.asyncio.Context()
     mesh = open_mesh(context, world.store, world.rank, world.grid.hosts, world.launch.master_addr, world.config.start_timeout_s)
     host = NodeHost(world.config, world.grid, world.rank, folder, context, lambda *_: None)
@@ -48,56 +67,86 @@ async def _serve(world: World, folder: PrivateFolder) -> None:
     finally:
         await host.close()
         mesh.close()
+        context.term()                  # after what is still to be sent, or the sockets' linger
 
 
-async def _control(world: World, folder: PrivateFolder) -> None:
-    config = world.config
+def _check(world: World) -> tuple[Prompts, RunPlan]:
+    """Before anything is built: the devices, the data, the checkpoint and the tokenizer. Raises RunRefused, here and on every rank."""
     try:
-        prompts, plan = plan_run(config, world.attempt)
-    except ValueError as e:             # the data, the checkpoint or the tokenizer; nothing has been built yet
+        if world.device == "cuda":
+            refuse_shared(world.store, world.grid.devices, world.config.start_timeout_s)
+        prompts, plan = plan_run(world.config, world.attempt)
+    except ValueError as e:
         world.publish_plan(RunPlan(0, 0, 0, Source("", ""), Source("", ""), refused=str(e)))
         raise RunRefused(str(e)) from e
     world.publish_plan(plan)
-    context = zmq.asyncio.Context()
+    return prompts, plan
+
+
+async def _control(world: World, folder: PrivateFolder, prompts: Prompts, plan: RunPlan) -> None:
+    config, context = world.config, zmq.asyncio.Context()
+    # Trackers may wait for a network: before other hosts wait for this one.
+    metrics = MetricsLog(world.run_dir, make_trackers(config, world.run_dir, resolved(config)))
+    metrics.truncate_from(plan.start)
     mesh: Optional[HostMesh] = None
     if world.grid.nodes > 1:
         mesh = open_mesh(context, world.store, world.rank, world.grid.hosts, world.launch.master_addr, config.start_timeout_s)
     host = NodeHost(config, world.grid, world.rank, folder, context, lambda *_: None)
     world.store.set(f"node/{world.launch.node}/address", folder.address)
-    metrics = MetricsLog(world.run_dir, make_trackers(config, world.run_dir, resolved(config)))
-    metrics.truncate_from(plan.start)
     progress = Progress(config.progress, plan.num_rollout, _title(config), world.log.out)
     cluster = Cluster(config, world.grid, host, mesh)
     progress.start()
     _tell_start(progress, world, plan)
+    error = ""
     try:
         await cluster.start()
         store = CheckpointStore(config, world.attempt) if config.save else None
         await Controller(config, cluster, prompts, store, metrics, progress, world.run_dir, plan.start).run()
-        progress.message(f"report: {write_report(world.run_dir)}")
+    except BaseException as e:
+        error = f"{type(e).__name__}: {e}"
+        raise
     finally:
         progress.stop()
         metrics.close()
-        await cluster.close()
+        await cluster.close(error)
         if mesh is not None:
             mesh.close()
+        context.term()
+    progress.message(f"report: {write_report(world.run_dir)}")
 
 
 def plan_run(config: Config, attempt: str) -> tuple[Prompts, RunPlan]:
     """Read the data and the checkpoint, and say where the run begins. Raises ValueError with the remedy."""
     prompts = Prompts(config, Tokenizer(config.hf_checkpoint or ""))
-    if config.save:
-        CheckpointStore(config, attempt).prepare()
+    store = CheckpointStore(config, attempt) if config.save else None
+    if store:
+        store.prepare()
     checkpoint = find_checkpoint(Path(config.load), config.model) if config.load and not _is_hf(config.load) else None
     start, actor = 0, _source(config.load if config.load and _is_hf(config.load) else config.ref_load or config.hf_checkpoint or "", config)
     if checkpoint is not None:
-        fresh = config.finetune
+        fresh = config.finetune or checkpoint.weights_only
         actor = Source(str(checkpoint.folder), "dist", with_optimizer=not (fresh or config.no_load_optim))
         if not fresh:
             start = checkpoint.rollout_id + 1
             prompts.restore(checkpoint.state["data"])
+    goes_on = checkpoint is not None and not fresh and config.save == config.load
+    if store and not goes_on:           # else what is newer than `start` was found torn
+        store.refuse_other_runs(start)
     reference = _source(config.ref_load or config.hf_checkpoint or "", config)
-    return prompts, RunPlan(start, prompts.num_rollout, prompts.num_rollout * prompts.steps_per_rollout, actor, reference)
+    return prompts, RunPlan(start, prompts.num_rollout, prompts.num_rollout * prompts.steps_per_rollout, actor, reference, "",
+                            tuple(f"refused: {text}" for text in checkpoint.refused) if checkpoint else (), *_other_models(config, actor))
+
+
+def _other_models(config: Config, actor: Source) -> tuple[Optional[Source], Optional[Source]]:
+    """(critic, teacher), where the algorithm has them. A critic goes on from the actor's checkpoint, or else begins where it is told to,
+    or with the actor's weights."""
+    critic = teacher = None
+    if config.loss_type != "sft" and config.advantage_estimator == "ppo":
+        goes_on = actor.kind == "dist" and (Path(actor.folder) / "critic").is_dir()
+        critic = _source(config.critic_load, config) if config.critic_load and not goes_on else actor
+    if config.loss_type != "sft" and config.opd_teacher_load:
+        teacher = _source(config.opd_teacher_load, config)
+    return critic, teacher
 
 
 def _is_hf(folder: str) -> bool:
@@ -122,6 +171,8 @@ def _tell_start(progress: Progress, world: World, plan: RunPlan) -> None:
     progress.message("\n".join(world.grid.lines()))
     for note in world.config.notes:
         progress.message(f"note: {note}")
+    for note in plan.notes:
+        progress.message(note)
     if plan.start:
         progress.message(f"resuming from {plan.actor.folder}: rollout {plan.start} of {plan.num_rollout}")
     progress.message(f"run directory {world.run_dir}; logs of ranks in {world.log.path.parent}")

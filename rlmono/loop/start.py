@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-import fcntl
+import ctypes
 import logging
 import os
+import signal
 import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Optional, Sequence, TextIO
+from typing import TYPE_CHECKING, Optional, Sequence, TextIO
 
 from rlmono.config.option import ConfigError
 from rlmono.config.schema import Config
-from rlmono.world.launch import Launch, WorldError, read_launch
+from rlmono.world.launch import Launch, RankMisplaced, WorldError, read_launch
 from rlmono.world.roles import RankGrid
+
+if TYPE_CHECKING:                       # torch must not be imported before LD_PRELOAD is set
+    from torch.distributed import Store
 
 log = logging.getLogger(__name__)
 REFUSED = 2
 """Exit status of a run that was refused before anything was started."""
+_PR_SET_PDEATHSIG = 1
 
 
 def train(argv: Sequence[str]) -> int:
@@ -33,8 +38,12 @@ def train(argv: Sequence[str]) -> int:
         launch = read_launch(os.environ)
         grid = RankGrid.for_config(config, launch.nodes, launch.local_world_size)
         refuse_unsupported(config)
+    except RankMisplaced as e:
+        return _refuse(str(e), every_rank=True)
     except (ConfigError, WorldError) as e:
         return _refuse(str(e))
+    if launch.agent:
+        die_with_parent()
     device = find_device(config)
     if device == "cuda" and config.colocate and launch.rank in grid.devices:
         from rlmono.memory.saver import preload
@@ -49,8 +58,8 @@ def ranks(argv: Sequence[str]) -> int:
         if not config.dry_run:
             refuse_unsupported(config)
         nodes = int(os.environ.get("NNODES", "1"))
-        asked = os.environ.get("NPROC_PER_NODE")
-        grid = RankGrid.for_config(config, nodes if asked else None, int(asked) if asked else None)
+        devices = len(RankGrid.for_config(config, None, None).devices)
+        grid = RankGrid.for_config(config, nodes, int(os.environ.get("NPROC_PER_NODE") or max(1, devices // nodes) + 1))
     except (ConfigError, WorldError) as e:
         return _refuse(str(e))
     print(grid.ranks_per_node)
@@ -70,9 +79,9 @@ def refuse_unsupported(config: Config) -> None:
         raise ConfigError(coming)
 
 
-def _refuse(text: str) -> int:
+def _refuse(text: str, every_rank: bool = False) -> int:
     """Every rank finds the same fault; rank 0 says it."""
-    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+    if every_rank or os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
         print(f"rlmono: {text}", file=sys.stderr, flush=True)
     else:
         time.sleep(1)                   # torchrun ends the others with the first that exits: let rank 0 speak
@@ -86,28 +95,29 @@ def find_device(config: Config) -> str:
     return "cuda" if os.path.exists("/dev/nvidiactl") or os.path.exists("/dev/nvidia0") else "cpu"
 
 
+def die_with_parent() -> None:
+    """The kernel ends this rank with the torchrun agent that started it, however that ends; else it would live on alone."""
+    parent = os.getppid()
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != parent:          # it ended before we asked
+        os._exit(1)
+
+
 def run_rank(config: Config, launch: Launch, grid: RankGrid, device: str) -> int:
     """Meet the others, then be a device or a host until the run ends. Ends the process."""
+    from torch.distributed import DistError
+
     from rlmono.loop.world import RunRefused, World
     from rlmono.observe.logs import rank_log
-    from rlmono.world.store import join_attempt, open_store, store_get
-    store = open_store(launch, config.start_timeout_s)
-    attempt, attempt_store = join_attempt(store, launch.rank, launch.world_size, config.start_timeout_s)
-    console = sys.stderr
     is_controller = launch.rank == grid.hosts[0]
     try:
-        if is_controller:
-            run_dir, _lock = _claim(config)
-            attempt_store.set("run_dir", f"{run_dir}\n{_next_log_name(run_dir)}")
-        answer = store_get(attempt_store, "run_dir", config.start_timeout_s, "the controller")
-        if not answer:
-            return REFUSED
-    except RunDirInUse as e:
-        attempt_store.set("run_dir", "")
-        print(f"rlmono: {e}", file=console, flush=True)
-        time.sleep(1)
+        attempt, attempt_store, run_dir, log_name = _meet(config, launch, is_controller)
+    except (RunDirInUse, TimeoutError, DistError) as e:
+        if not (is_controller if isinstance(e, RunDirInUse) else launch.rank == 0):
+            time.sleep(1)               # let the one speak that knows; if it is not there, each speaks
+        print(f"rlmono: {e}", file=sys.stderr, flush=True)
         return REFUSED
-    run_dir, log_name = Path(answer.split("\n")[0]), answer.split("\n")[1]
     files = rank_log(run_dir, log_name, launch.rank)
     dtype = config.dtype if config.dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
     world = World(config, launch, grid, attempt, attempt_store, run_dir, files, device, dtype)
@@ -120,11 +130,31 @@ def run_rank(config: Config, launch: Launch, grid: RankGrid, device: str) -> int
         status = REFUSED
         if is_controller:
             print(f"rlmono: {e}", file=files.err, flush=True)
+        else:
+            time.sleep(1)               # let the controller speak
     except BaseException as e:
         _tell(files.err, launch.rank, e, files.path)
     finally:
         _leave(status)
     return status
+
+
+def _meet(config: Config, launch: Launch, is_controller: bool) -> tuple[str, Store, Path, str]:
+    """(name of the attempt, its store, run directory, name of its logs) from the store. Raises TimeoutError, DistError, RunDirInUse."""
+    from rlmono.world.store import join_attempt, open_store, store_get
+    store = open_store(launch, config.start_timeout_s)
+    attempt, attempt_store = join_attempt(store, launch.rank, launch.world_size, config.start_timeout_s)
+    if is_controller:
+        try:
+            run_dir = _claim(config)
+        except RunDirInUse as e:
+            attempt_store.set("run_dir", f"refused\n{e}")
+            raise
+        attempt_store.set("run_dir", f"{_next_log_name(run_dir)}\n{run_dir}")
+    log_name, answer = store_get(attempt_store, "run_dir", config.start_timeout_s, "the controller").split("\n", 1)
+    if log_name == "refused":
+        raise RunDirInUse(answer)
+    return attempt, attempt_store, Path(answer), log_name
 
 
 def _run(world: object) -> None:
@@ -155,25 +185,23 @@ def _leave(status: int) -> None:
 
 
 class RunDirInUse(Exception):
-    """Another run is alive in this run directory."""
+    """Another run is alive in this run directory, or it can't be made."""
 
 
-def _claim(config: Config) -> tuple[Path, int]:
+def _claim(config: Config) -> Path:
     """Make the run directory, hold its lock for as long as this process lives, and write the resolved config there."""
     from rlmono.config.show import write_config
+    from rlmono.world.locks import InUse, hold
     run_dir = Path(config.run_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}").absolute()
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise RunDirInUse(f"--run-dir {run_dir} can't be made: {e.strerror}") from None
-    lock = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(lock)
+        hold(run_dir / ".lock")
+        write_config(config, run_dir)
+    except InUse:
         raise RunDirInUse(f"--run-dir {run_dir} is in use by a run that is alive; end it, or take another folder") from None
-    write_config(config, run_dir)
-    return run_dir, lock
+    except OSError as e:
+        raise RunDirInUse(f"--run-dir {run_dir} can't be written: {e.strerror}") from None
+    return run_dir
 
 
 def _next_log_name(run_dir: Path) -> str:

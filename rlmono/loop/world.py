@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Optional
 
 import msgspec
 from torch.distributed import Store
@@ -33,6 +34,9 @@ class RunPlan(msgspec.Struct, frozen=True):
     actor: Source
     reference: Source
     refused: str = ""
+    notes: tuple[str, ...] = ()
+    critic: Optional[Source] = None
+    teacher: Optional[Source] = None
 
 
 class RunRefused(Exception):

@@ -32,7 +32,7 @@ def rope_kind(hf: Shape) -> str:
 
 
 def rotary_base(hf: Shape) -> float:
-    return float(rope(hf).get("rope_theta", hf.get("rope_theta", 10000.0)))
+    return float({**hf, **rope(hf)}.get("rope_theta", 10000.0))
 
 
 def refuse_scaled_rope(hf: Shape, known: Iterable[str] = ("default",)) -> None:

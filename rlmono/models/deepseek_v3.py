@@ -19,7 +19,8 @@ def shape_from_hf(hf: Shape) -> dict[str, Any]:
     if rope_kind(hf) == "yarn":
         r = rope(hf)
         shape |= {"rope_type": "yarn", "rotary_scaling_factor": float(r["factor"]), "beta_fast": float(r.get("beta_fast", 32)),
-                  "beta_slow": float(r.get("beta_slow", 1)), "mscale": float(r.get("mscale", 1.0)), "mscale_all_dim": float(r.get("mscale_all_dim", 1.0)),
+                  "beta_slow": float(r.get("beta_slow", 1)), "mscale": float(r.get("mscale", 1.0)),
+                  "mscale_all_dim": float(r.get("mscale_all_dim", 1.0)),
                   "original_max_position_embeddings": r["original_max_position_embeddings"]}
     return shape
 
@@ -36,5 +37,6 @@ def _attention(shape: Shape, i: int) -> list[Tensor]:
                          Rows(f"{m}linear_kv_up_proj.weight", f"{h}kv_b_proj.weight"), Columns(f"{m}linear_proj.weight", f"{h}o_proj.weight")]
     if shape["q_lora_rank"] is None:
         return [*out, Rows(f"{m}linear_q_proj.weight", f"{h}q_proj.weight")]
-    return [*out, Replicated(f"{m}linear_q_down_proj.weight", f"{h}q_a_proj.weight"), Replicated(f"{m}q_layernorm.weight", f"{h}q_a_layernorm.weight"),
+    return [*out, Replicated(f"{m}linear_q_down_proj.weight", f"{h}q_a_proj.weight"),
+            Replicated(f"{m}q_layernorm.weight", f"{h}q_a_layernorm.weight"),
             Rows(f"{m}linear_q_up_proj.weight", f"{h}q_b_proj.weight")]

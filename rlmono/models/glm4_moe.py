@@ -12,7 +12,7 @@ tensors = decoder
 def shape_from_hf(hf: Shape) -> dict[str, Any]:
     """Partial rotary, bias on qkv, norms on queries and keys, first layers dense, then experts with a shared one."""
     refuse_scaled_rope(hf)
-    return {**base_shape(hf), "rotary_percent": float(rope(hf).get("partial_rotary_factor", hf.get("partial_rotary_factor", 0.5))),
+    return {**base_shape(hf), "rotary_percent": float({**hf, **rope(hf)}.get("partial_rotary_factor", 0.5)),
             "qk_layernorm": bool(hf.get("use_qk_norm", False)), **sigmoid_experts(hf)}
 
 
@@ -23,8 +23,8 @@ def sigmoid_experts(hf: Shape) -> dict[str, Any]:
     """
     topk, groups, chosen = hf["num_experts_per_tok"], hf.get("n_group") or 1, hf.get("topk_group") or 1
     if groups > 1 and topk // chosen != 2:
-        raise ValueError(f"config.json: num_experts_per_tok {topk} over topk_group {chosen} is not supported: a group is scored by its best two experts, "
-                         "and Megatron takes their number from this ratio")
+        raise ValueError(f"config.json: num_experts_per_tok {topk} over topk_group {chosen} is not supported: a group is scored by its best "
+                         "two experts, and Megatron takes their number from this ratio")
     if not hf.get("norm_topk_prob", True):
         raise ValueError("config.json: norm_topk_prob false is not supported with sigmoid scores")
     shared = (hf.get("n_shared_experts") or 0) * hf["moe_intermediate_size"]

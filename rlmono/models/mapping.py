@@ -1,7 +1,8 @@
 """How one Megatron parameter is made of HF tensors, back, and cut over tensor-parallel ranks.
 
-Each kind is a pair of pure functions on full tensors (`to_megatron`, `to_hf`) and a pair on shards (`shard`, `join`), so
-that `join([shard(x, r, n) for r in range(n)]) == x` and `to_hf(to_megatron(parts)) == parts`. Megatron's words: a
+Each kind is three pure functions: `to_megatron` and `to_hf`, inverses of each other, and `join`, which makes a full tensor
+of shards. A shard needs no full tensor: it is `to_megatron` of the parts of HF tensors that `part` names, so that
+`to_hf(join([to_megatron([x[part(x.shape, r, n)] for x in tensors]) for r in range(n)])) == tensors`. Megatron's words: a
 column-parallel linear cuts the output dimension, which is dimension 0 of the weight; a row-parallel one the input.
 The kinds are named for what they do to the weight as torch stores it: `Rows` cuts dimension 0, `Columns` dimension 1.
 """
@@ -26,16 +27,23 @@ class Tensor:
         self.name, self.hf_names, self.vocabulary = name, hf_names, vocabulary
 
     def to_megatron(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Full HF tensors, in the order of `hf_names` -> the full Megatron tensor."""
+        """HF tensors, in the order of `hf_names` -> the Megatron tensor; full ones -> the full one, a rank's parts -> its shard."""
         return parts[0]
 
     def to_hf(self, full: torch.Tensor) -> list[torch.Tensor]:
         """The full Megatron tensor -> full HF tensors, views where that is possible."""
         return [full]
 
-    def shard(self, full: torch.Tensor, rank: int, size: int) -> torch.Tensor:
-        """The part of tensor-parallel rank `rank` of `size`."""
-        raise NotImplementedError
+    def part(self, shape: Sequence[int], rank: int, size: int) -> tuple[slice, ...]:
+        """Where in an HF tensor of this shape is what tensor-parallel rank `rank` of `size` holds; () is all of it.
+
+        Ranks hold equal lengths; where they don't come out even, as of a vocabulary, the last ones' are shorter.
+        """
+        if self.replicated or size == 1:
+            return ()
+        whole = shape[self.cut_dimension]
+        length = -(-whole // size)
+        return (slice(None),) * self.cut_dimension + (slice(min(rank * length, whole), min((rank + 1) * length, whole)),)
 
     def join(self, shards: Sequence[torch.Tensor]) -> torch.Tensor:
         """The full tensor from the parts of all ranks, in order."""
@@ -47,22 +55,13 @@ class Replicated(Tensor):
 
     replicated = True
 
-    def shard(self, full: torch.Tensor, rank: int, size: int) -> torch.Tensor:
-        return full
-
     def join(self, shards: Sequence[torch.Tensor]) -> torch.Tensor:
         return shards[0]
 
 
 class Rows(Tensor):
-    """Cut along dimension 0. Megatron pads vocabularies to a multiple of the ranks; `shard` pads with zeros, and the
-    exporter cuts the joined tensor to the HF length."""
-
-    def shard(self, full: torch.Tensor, rank: int, size: int) -> torch.Tensor:
-        short = -full.shape[0] % size
-        if short:
-            full = torch.cat([full, full.new_zeros(short, *full.shape[1:])])
-        return full.chunk(size)[rank]
+    """Cut along dimension 0. Megatron pads vocabularies to a multiple of the ranks, and the exporter cuts the joined tensor
+    to the HF length."""
 
     def join(self, shards: Sequence[torch.Tensor]) -> torch.Tensor:
         return torch.cat(list(shards)) if len(shards) > 1 else shards[0]
@@ -72,9 +71,6 @@ class Columns(Tensor):
     """Cut along dimension 1."""
 
     cut_dimension = 1
-
-    def shard(self, full: torch.Tensor, rank: int, size: int) -> torch.Tensor:
-        return full.chunk(size, 1)[rank]
 
     def join(self, shards: Sequence[torch.Tensor]) -> torch.Tensor:
         return torch.cat(list(shards), 1) if len(shards) > 1 else shards[0]
@@ -90,8 +86,8 @@ class QkvRows(Rows):
         self.queries = shape["num_attention_heads"] // self.groups
 
     def to_megatron(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        tail = parts[0].shape[1:]
-        return torch.cat([p.reshape(self.groups, -1, *tail) for p in parts], 1).reshape(-1, *tail)
+        tail, groups = parts[0].shape[1:], parts[1].shape[0] // self.dim
+        return torch.cat([p.reshape(groups, -1, *tail) for p in parts], 1).reshape(-1, *tail)
 
     def to_hf(self, full: torch.Tensor) -> list[torch.Tensor]:
         tail, q = full.shape[1:], self.queries * self.dim
@@ -107,9 +103,6 @@ class GatedRows(Tensor):
 
     def to_hf(self, full: torch.Tensor) -> list[torch.Tensor]:
         return list(full.chunk(2))
-
-    def shard(self, full: torch.Tensor, rank: int, size: int) -> torch.Tensor:
-        return torch.cat([half.chunk(size)[rank] for half in full.chunk(2)]) if size > 1 else full
 
     def join(self, shards: Sequence[torch.Tensor]) -> torch.Tensor:
         if len(shards) == 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from typing import Sequence
+from typing import Any, Sequence
 
 import numpy as np
 
@@ -31,9 +31,23 @@ def _train_sample(config: Config, s: Sample) -> TrainSample:
     log_probs = s.rollout_log_probs or []
     if len(mask) != s.response_length or (s.rollout_log_probs is not None and len(log_probs) != s.response_length):
         raise ValueError(f"sample {s.index}: a response of {s.response_length} tokens with {len(mask)} mask entries and {len(log_probs)} logprobs")
-    return TrainSample(s.index, s.group_index, 0.0 if config.loss_type == "sft" else s.get_reward_value(config),
+    return TrainSample(s.index, s.group_index, 0.0 if config.loss_type == "sft" else training_reward(config, s),
                        np.asarray(s.tokens, np.int32).tobytes(), s.response_length, np.asarray(mask, np.uint8).tobytes(),
                        np.asarray(log_probs, np.float32).tobytes())
+
+
+def training_reward(config: Config, s: Sample) -> float:
+    """The reward that trains: the reward function's, less the cost of a response that comes near the limit."""
+    reward = s.get_reward_value(config)
+    if config.overlong_buffer_len is None:
+        return reward
+    return reward - config.overlong_penalty_factor * overlong_share(s.response_length, config.rollout_max_response_len, config.overlong_buffer_len)
+
+
+def overlong_share(length: int, limit: int, buffer: int) -> float:
+    """DAPO's soft overlong punishment (arXiv:2503.14476, eq. 13), as a cost from 0 to 1: it grows linearly over the last `buffer` tokens
+    before `limit`, and is 1 from there on."""
+    return min(max((length - (limit - buffer)) / buffer, 0.0), 1.0)
 
 
 def _masked_in(s: Sample) -> int:
@@ -43,13 +57,13 @@ def _masked_in(s: Sample) -> int:
 def rollout_statistics(groups: Sequence[Group], config: Config) -> dict[str, float]:
     """rollout/*: rewards, lengths, truncation, repetition, groups without variance, and counted remarks."""
     samples = [s for g in groups for s in g]
-    rewards = np.array([s.get_reward_value(config) for s in samples])
+    raw, rewards = np.array([s.get_reward_value(config) for s in samples]), np.array([training_reward(config, s) for s in samples])
     lengths = np.array([s.response_length for s in samples])
-    out = {"rollout/raw_reward": rewards.mean(), "rollout/rewards": rewards.mean(), "rollout/reward_std": rewards.std(),
+    out: dict[str, Any] = {"rollout/raw_reward": raw.mean(), "rollout/rewards": rewards.mean(), "rollout/reward_std": rewards.std(),
            "rollout/response_len/mean": lengths.mean(), "rollout/response_len/max": lengths.max(), "rollout/response_len/min": lengths.min(),
            "rollout/response_len/median": np.median(lengths), "rollout/truncated_ratio": np.mean([s.status == TRUNCATED for s in samples]),
            "rollout/repetition_frac": np.mean([has_repetition(s.response) for s in samples]), "rollout/samples": len(samples),
-           "rollout/log_probs": np.mean([np.mean(s.rollout_log_probs) for s in samples if s.rollout_log_probs] or [0.0])}
+           "rollout/log_probs": np.mean([float(np.mean(s.rollout_log_probs)) for s in samples if s.rollout_log_probs] or [0.0])}
     out |= _zero_std(groups, config)
     out |= {f"rollout/remarks/{name}": n for name, n in Counter(r for s in samples for r in s.remarks).items()}
     return {k: float(v) for k, v in out.items()}
@@ -57,7 +71,7 @@ def rollout_statistics(groups: Sequence[Group], config: Config) -> dict[str, flo
 
 def _zero_std(groups: Sequence[Group], config: Config) -> dict[str, float]:
     """Groups whose rewards are all equal train nothing: how many, and how many at each reward."""
-    flat = [values[0] for g in groups if len(values := [s.get_reward_value(config) for s in g]) > 1 and max(values) == min(values)]
+    flat = [values[0] for g in groups if len(values := [training_reward(config, s) for s in g]) > 1 and max(values) == min(values)]
     counts = Counter(f"rollout/zero_std/count_{v:g}" for v in flat)
     return {"rollout/zero_std/ratio": len(flat) / max(len(groups), 1), **{k: float(n) for k, n in counts.items()}}
 
@@ -85,7 +99,10 @@ def eval_statistics(name: str, groups: Sequence[Group], config: Config) -> dict[
 
 
 def pass_at_k(rewards: Sequence[float], k: int) -> float:
-    """Unbiased estimate that one of k samples is right, from n ≥ k of them (Chen et al. 2021, arXiv:2107.03374, eq. 1); right is a reward of 1 or more."""
+    """Unbiased estimate that one of k samples is right, from n ≥ k of them (Chen et al. 2021, arXiv:2107.03374, eq. 1).
+
+    Right is a reward of 1 or more.
+    """
     n, c = len(rewards), sum(r >= 1 for r in rewards)
     if n - c < k:
         return 1.0

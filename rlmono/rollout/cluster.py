@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import logging
 import time
 from typing import Any, Iterable, Sequence
 
 import msgspec
+import zmq
 
 from rlmono.config.schema import Config
 from rlmono.data.sample import Sample
 from rlmono.rollout.host import HEARTBEAT_S, NodeHost
 from rlmono.rollout.tasks import cancel, send_now, while_healthy
 from rlmono.world.channel import HostMesh
-from rlmono.world.messages import EndPhase, Failed, GroupDone, Heartbeat, Message, Relay, Report, RunGroup, Sampling, decode, encode
+from rlmono.world.messages import EndPhase, Failed, Goodbye, GroupDone, Heartbeat, Message, Relay, Report, RunGroup, Sampling, decode, encode
 from rlmono.world.roles import RankGrid
-
-log = logging.getLogger(__name__)
 
 
 class Cluster:
@@ -36,10 +34,10 @@ class Cluster:
         self._heard: dict[int, float] = {}          # other hosts, from their first message on
 
     async def start(self) -> None:
-        loops = [self.host.read_devices()]
+        loops = {"reading from devices": self.host.read_devices()}
         if self.mesh is not None:
-            loops += [self._read_mesh(self.mesh), self._beat(self.mesh)]
-        self._background = [asyncio.create_task(x, name=x.__name__) for x in loops]
+            loops |= {"reading from hosts": self._read_mesh(self.mesh), "the heartbeat": self._beat(self.mesh)}
+        self._background = [asyncio.create_task(loop, name=name) for name, loop in loops.items()]
         await self.host.start()
         end = time.monotonic() + self.config.start_timeout_s
         while missing := sorted(set(self.grid.hosts[1:]) - set(self._heard)):
@@ -48,11 +46,13 @@ class Cluster:
             if time.monotonic() > end:
                 raise TimeoutError(f"{what}: not within {self.config.start_timeout_s:g} s")
 
-    async def close(self) -> None:
-        """Say goodbye to the other hosts, and let go of everything."""
-        if self.mesh is not None:
-            for rank in self.grid.hosts[1:]:
-                self._to_host(rank, Relay(rank, msgspec.Raw(b"\xc0")))
+    async def close(self, error: str = "") -> None:
+        """Say goodbye to the other hosts, and why if the run failed, and let go of everything."""
+        for rank in self._heard:
+            try:
+                self._to_host(rank, Goodbye(error))
+            except ConnectionError:     # it has gone already
+                continue
         await cancel(self._background)
         await self.host.close()
 
@@ -130,7 +130,10 @@ class Cluster:
 
     def _to_host(self, rank: int, message: Message) -> None:
         assert self.mesh is not None
-        send_now(self.mesh.socket, [str(rank).encode(), encode(message)])
+        try:
+            send_now(self.mesh.socket, [str(rank).encode(), encode(message)])
+        except zmq.ZMQError as e:
+            raise ConnectionError(f"host rank {rank} (node {self.grid.node_of(rank)}) is gone: {e}") from None
 
     async def _read_mesh(self, mesh: HostMesh) -> None:
         while True:
@@ -143,6 +146,8 @@ class Cluster:
                     answer.set_result(message)
             elif isinstance(message, Relay):
                 self._from_device(message.rank, decode(bytes(message.payload)))
+            elif isinstance(message, Failed):
+                self._from_device(rank, message)
 
     async def _beat(self, mesh: HostMesh) -> None:
         """Tell the others that this node lives, and see that they do."""
@@ -150,7 +155,7 @@ class Cluster:
             now, limit = time.monotonic(), self.config.heartbeat_timeout_s
             silent = [r for r, heard in self._heard.items() if now - heard > limit]
             if silent:
-                raise TimeoutError(f"host rank(s) {silent} silent for {limit:g} s: their nodes are taken for dead")
+                raise TimeoutError(f"host rank(s) {silent} (node(s) {[self.grid.node_of(r) for r in silent]}) silent for {limit:g} s: taken for dead")
             for rank in self._heard:
                 self._to_host(rank, Heartbeat())
             await asyncio.sleep(HEARTBEAT_S)

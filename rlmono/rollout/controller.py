@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import time
@@ -54,7 +55,6 @@ class Controller:
         self.cluster.end_phase()
 
     async def _ready(self) -> None:
-        self.progress.phase("start", self.start)
         c, grid = self.config, self.cluster.grid
         ready = await self.cluster.reports("ready", self.start, grid.devices, c.start_timeout_s)
         self._dp_rank = {r: ready[r]["dp_rank"] for r in grid.trainers}
@@ -85,7 +85,8 @@ class Controller:
         if self.config.loss_type == "sft":
             return groups
         self.progress.phase("generate", rollout_id, len(groups))
-        done = await self._run_groups(groups, rollout_sampling(self.config, self.prompts.tokenizer.eos_ids), False, f"generating rollout {rollout_id}")
+        sampling = rollout_sampling(self.config, self.prompts.tokenizer.eos_ids)
+        done = await self._run_groups(groups, sampling, False, f"generating rollout {rollout_id}")
         self._spent["perf/rollout_time"] = time.perf_counter() - begun
         write_samples(self.run_dir / "samples" / f"rollout_{rollout_id}.jsonl", [s for g in done for s in g], self.config.log_samples)
         return done
@@ -117,7 +118,9 @@ class Controller:
         begun = time.perf_counter()
         self.progress.phase("save", rollout_id)
         await self.cluster.reports("saved", rollout_id, self.cluster.grid.devices, self.config.phase_timeout_s)
-        self.checkpoints.publish(rollout_id, self.prompts.state(rollout_id + 1))
+        # In a thread: hashing takes minutes for a large model, and the heartbeats of the other nodes must go on.
+        publish = asyncio.to_thread(self.checkpoints.publish, rollout_id, self.prompts.state(rollout_id + 1))
+        await self.cluster.gather([publish], self.config.phase_timeout_s, f"publishing the checkpoint of rollout {rollout_id}")
         return {"perf/save_time": time.perf_counter() - begun}
 
     async def _updated(self, rollout_id: int) -> dict[str, float]:

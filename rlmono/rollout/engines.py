@@ -24,20 +24,23 @@ class EngineClient:
         self.tokens = 0
 
     async def generate(self, input_ids: list[int], sampling: Sampling, timeout_s: float) -> Output:
-        """One response. Raises TimeoutError when the engine does not answer in time (the request is aborted then)."""
+        """One response. Raises TimeoutError when the engine does not answer in time (the request is aborted then), RuntimeError when it refuses."""
         async with self._room:
             rid = f"{next(_numbers):016x}"      # one length: SGLang aborts by prefix
             answer: asyncio.Future[Output] = asyncio.get_running_loop().create_future()
             self._waiting[rid] = answer
             self._send(Generate(rid, input_ids, sampling))
             try:
-                return await asyncio.wait_for(answer, timeout_s)
-            except (TimeoutError, asyncio.TimeoutError):
+                output = await asyncio.wait_for(answer, timeout_s)
+            except TimeoutError:
                 self._send(Abort(rid))
-                raise TimeoutError(f"{self.name} has not answered a request of {len(input_ids)} + {sampling.max_new_tokens} tokens within {timeout_s:g} s; "
-                                   f"{len(self._waiting)} requests wait there") from None
+                raise TimeoutError(f"{self.name} has not answered a request of {len(input_ids)} + {sampling.max_new_tokens} tokens "
+                                   f"within {timeout_s:g} s; {len(self._waiting)} requests wait there") from None
             finally:
                 self._waiting.pop(rid, None)
+            if output.error:
+                raise RuntimeError(f"{self.name} refused a request of {len(input_ids)} + {sampling.max_new_tokens} tokens: {output.error}")
+            return output
 
     def deliver(self, outputs: Outputs) -> None:
         """Answers from the socket. One that nobody waits for is counted: it came late, twice, or is not ours."""

@@ -22,7 +22,7 @@ from rlmono.rollout.engines import EngineClient
 from rlmono.rollout.generate import GenerateState, generate, request_seed
 from rlmono.rollout.tasks import cancel, send_now, while_healthy
 from rlmono.world.channel import HostMesh, PrivateFolder, bind_devices
-from rlmono.world.messages import EndPhase, GroupDone, Heartbeat, Message, Outputs, Relay, RunGroup, decode, encode
+from rlmono.world.messages import EndPhase, Failed, Goodbye, GroupDone, Heartbeat, Message, Outputs, Relay, RunGroup, decode, encode
 from rlmono.world.roles import RankGrid
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,8 @@ class NodeHost:
                 self.engines[i] = self._by_rank[ranks[0]] = self._client(i, ranks[0])
 
     def _client(self, engine: int, first_rank: int) -> EngineClient:
-        return EngineClient(f"engine {engine} (rank {first_rank})", lambda m: self._send(first_rank, encode(m)), self.config.sglang_server_concurrency)
+        name, concurrency = f"engine {engine} (rank {first_rank})", self.config.sglang_server_concurrency
+        return EngineClient(name, lambda m: self._send(first_rank, encode(m)), concurrency)
 
     async def start(self) -> None:
         if self.serves:
@@ -108,7 +109,7 @@ class NodeHost:
 async def serve_node(host: NodeHost, mesh: HostMesh, timeout_s: float) -> None:
     """The program of every host but the controller's: do what comes over the mesh until the controller says goodbye.
 
-    Raises TimeoutError when the controller is silent for `timeout_s`.
+    Raises TimeoutError when the controller is silent for `timeout_s`, and RuntimeError when it says that the run has failed.
     """
     inbox: asyncio.Queue[Message] = asyncio.Queue()
     up = lambda message: send_now(mesh.socket, [encode(message)])  # noqa: E731
@@ -118,7 +119,7 @@ async def serve_node(host: NodeHost, mesh: HostMesh, timeout_s: float) -> None:
         while True:
             try:
                 payload = await asyncio.wait_for(mesh.socket.recv(), timeout_s)
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 raise TimeoutError(f"host rank {host.rank}: nothing from the controller within {timeout_s:g} s; its node is taken for dead") from None
             message = decode(payload)
             if not isinstance(message, Heartbeat):
@@ -133,7 +134,8 @@ async def serve_node(host: NodeHost, mesh: HostMesh, timeout_s: float) -> None:
         up(await host.run_group(job))
 
     running: set[asyncio.Task[None]] = set()
-    background = [asyncio.create_task(x, name=x.__name__) for x in (read_mesh(), beat(), host.read_devices())]
+    loops = {"reading from the controller": read_mesh(), "the heartbeat": beat(), "reading from devices": host.read_devices()}
+    background = [asyncio.create_task(loop, name=name) for name, loop in loops.items()]
     try:
         while True:
             message = await while_healthy(inbox.get(), background, None, "serving the controller")
@@ -141,9 +143,15 @@ async def serve_node(host: NodeHost, mesh: HostMesh, timeout_s: float) -> None:
                 task = asyncio.create_task(run(message))
                 running.add(task)
                 task.add_done_callback(running.discard)
-            elif isinstance(message, Relay) and message.rank == host.rank:
-                return                  # goodbye
+            elif isinstance(message, Goodbye):
+                if message.error:
+                    raise RuntimeError(f"the controller has ended the run: {message.error}")
+                return
             elif isinstance(message, Relay):
                 host.to_device(message.rank, bytes(message.payload))
+    except BaseException as e:
+        if not isinstance(e, (ConnectionError, TimeoutError)):      # the controller is there: tell it
+            up(Failed(f"{type(e).__name__}: {e}"))
+        raise
     finally:
         await cancel([*background, *running])

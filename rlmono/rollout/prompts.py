@@ -25,7 +25,8 @@ class Prompts:
         self.cursor = DataCursor(self.source, seed=config.rollout_seed, shuffle=config.rollout_shuffle,
                                  samples_per_prompt=config.n_samples_per_prompt)
         names = config.eval_prompt_data or ()
-        self.eval_sources = {name: self._source(path, config.eval_input_key or config.input_key, config.eval_label_key or config.label_key, limited=False)
+        input_key, label_key = config.eval_input_key or config.input_key, config.eval_label_key or config.label_key
+        self.eval_sources = {name: self._source(path, input_key, label_key, limited=False)
                              for name, path in zip(names[::2], names[1::2], strict=True)}
 
     def _source(self, path: str, input_key: str, label_key: Optional[str], limited: bool) -> PromptSource:
@@ -89,7 +90,8 @@ class Prompts:
             raise DataError(f"{where}: {e}") from e
         longest = self.config.rollout_max_context_len or self.config.model["max_position_embeddings"]
         if len(tokens) >= longest:
-            raise DataError(f"{where}: the prompt has {len(tokens)} tokens, and the context ends at {longest}; drop such prompts with --rollout-max-prompt-len")
+            raise DataError(f"{where}: the prompt has {len(tokens)} tokens, and the context ends at {longest}; "
+                            "drop such prompts with --rollout-max-prompt-len")
         return [Sample(index=sample + i, group_index=group, prompt=prompt.prompt, tokens=list(tokens), label=prompt.label,
                        metadata={**prompt.metadata, "source": where}, tools=prompt.tools) for i in range(n)]
 

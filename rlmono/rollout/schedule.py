@@ -69,7 +69,8 @@ def round_up(packs: Packs, multiple: int) -> Packs:
 
 def _fixed(indices: Sequence[int], size: int, data_parallel: int) -> Packs:
     if len(indices) % (size * data_parallel):
-        raise ValueError(f"a step of {len(indices)} samples does not divide into packs of --micro-batch-size {size} on {data_parallel} data-parallel ranks")
+        raise ValueError(f"a step of {len(indices)} samples does not divide into packs of --micro-batch-size {size} "
+                         f"on {data_parallel} data-parallel ranks")
     return [list(indices[i:i + size]) for i in range(0, len(indices), size)]
 
 

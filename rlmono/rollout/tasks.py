@@ -29,7 +29,7 @@ async def while_healthy(wanted: Awaitable[T], background: Iterable[asyncio.Task[
 
 def send_now(sock: zmq.asyncio.Socket, parts: list[bytes]) -> None:
     """Hand a message to ZMQ at once; its queues are unbounded, so it only fails for a peer that is gone."""
-    sent = sock.send_multipart(parts, flags=zmq.NOBLOCK)
+    sent: Any = sock.send_multipart(parts, flags=zmq.NOBLOCK)      # a future
     if sent.done():
         sent.result()
 

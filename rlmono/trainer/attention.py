@@ -46,9 +46,9 @@ def _by_sequence(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_q: torch.
                  scale: Optional[float]) -> torch.Tensor:
     out, starts_q, starts_k = [], cu_q.tolist(), cu_k.tolist()
     for a, b, c, d in zip(starts_q, starts_q[1:], starts_k, starts_k[1:], strict=False):
-        heads_first = [x.transpose(0, 1)[None] for x in (q[a:b], k[c:d], v[c:d])]
+        qs, ks, vs = (x.transpose(0, 1)[None] for x in (q[a:b], k[c:d], v[c:d]))
         mask = None if b - a == d - c else torch.ones(b - a, d - c, dtype=torch.bool).tril((d - c) - (b - a))
-        out.append(F.scaled_dot_product_attention(*heads_first, attn_mask=mask, is_causal=mask is None, scale=scale,
+        out.append(F.scaled_dot_product_attention(qs, ks, vs, attn_mask=mask, is_causal=mask is None, scale=scale,
                                                   enable_gqa=q.size(1) != k.size(1))[0].transpose(0, 1))
     return torch.cat(out)
 
@@ -57,9 +57,11 @@ def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_q: torch.Tensor
            scale: Optional[float]) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
     # torch 2.11 takes grouped heads as they are, 2.13 wants to be told.
-    more = {"enable_gqa": q.size(1) != k.size(1)} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    more: dict[str, Any] = {"enable_gqa": q.size(1) != k.size(1)} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
     width = v.size(2)
     if width != k.size(2):              # MLA: the kernel wants one head dimension
         v = F.pad(v, (0, k.size(2) - width))
         scale = k.size(2) ** -0.5 if scale is None else scale
-    return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window_size=(-1, 0), **more)[..., :width]
+    out = varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window_size=(-1, 0), **more)
+    assert isinstance(out, torch.Tensor)        # a pair only where the log-sum-exp is asked for
+    return out[..., :width]

@@ -154,4 +154,4 @@ def _after_import_on_cpu() -> None:
         """Megatron turns split sizes into lists only if they are CUDA tensors."""
         splits = (s.tolist() if hasattr(s, "tolist") else s for s in (output_split_sizes, input_split_sizes))
         return all_to_all(output, input, *splits, **kwargs)
-    dist.all_to_all_single = split_by_lists
+    dist.all_to_all_single = split_by_lists  # type: ignore[assignment]

@@ -31,14 +31,19 @@ class Layout:
 
 
 def held_tensors(chunks: Sequence[Any]) -> dict[str, torch.Tensor]:
-    """This rank's parameters (and router biases, which are buffers), by their names in the whole model."""
+    """This rank's parameters (and router biases, which are buffers), by their names in the whole model.
+
+    The biases are kept in fp32 here, as checkpoints have them: bf16 wrappers cast them, and they choose experts by small differences.
+    """
     experts_before = parallel_state.get_expert_model_parallel_rank()
     out: dict[str, torch.Tensor] = {}
     for chunk in chunks:
         layers_before = get_transformer_layer_offset(chunk.config, vp_stage=getattr(chunk, "vp_stage", None))
         experts = (chunk.config.num_moe_experts or 0) // parallel_state.get_expert_model_parallel_world_size()
-        named = [*chunk.named_parameters(), *((n, b) for n, b in chunk.named_buffers() if n.endswith("expert_bias"))]
-        for name, tensor in named:
+        biases = [(n, b) for n, b in chunk.named_buffers() if n.endswith("expert_bias")]
+        for _, bias in biases:
+            bias.data = bias.data.float()
+        for name, tensor in [*chunk.named_parameters(), *biases]:
             name = _LAYER.sub(lambda m: f"decoder.layers.{int(m[1]) + layers_before}.", name)                   # noqa: B023 - used at once
             name = _EXPERT.sub(lambda m: f".local_experts.{int(m[1]) + experts_before * experts}.", name)       # noqa: B023
             out[name] = tensor

@@ -95,23 +95,45 @@ def _available(values: Any) -> dict[str, Any]:
     return out
 
 
-def build_chunks(config: Config, tf_config: TransformerConfig) -> list[GPTModel]:
-    """This rank's part of the model, bare: one chunk, or one a virtual pipeline stage."""
+def build_chunks(config: Config, tf_config: TransformerConfig, value_head: bool = False) -> list[GPTModel]:
+    """This rank's part of the model, bare: one chunk, or one a virtual pipeline stage. With `value_head` its output is one number a token."""
     virtual = config.virtual_pipeline_model_parallel_size
-    return [_build_chunk(config, tf_config, stage) for stage in (range(virtual) if virtual else [None])]
+    return [_build_chunk(config, tf_config, stage, value_head) for stage in (range(virtual) if virtual else [None])]
 
 
-def _build_chunk(config: Config, tf_config: TransformerConfig, vp_stage: Optional[int]) -> GPTModel:
+class ValueHead(torch.nn.Module):
+    """Stands for GPTModel's output layer: [s, 1, hidden] -> [s, 1, 1], fp32, the same on every tensor-parallel rank."""
+
+    def __init__(self, tf_config: TransformerConfig, seed: int):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)         # whatever the layout
+        start = torch.randn(1, tf_config.hidden_size, generator=generator) / (tf_config.hidden_size + 1)
+        self.weight = torch.nn.Parameter(start.to(tf_config.params_dtype))
+        self.sequence_parallel = tf_config.sequence_parallel
+        # Each rank then has its part of the tokens, so Megatron must sum the head's gradients.
+        setattr(self.weight, "sequence_parallel", self.sequence_parallel)  # noqa: B010 - no attribute that mypy knows
+
+    def forward(self, hidden: torch.Tensor, weight: None = None, runtime_gather_output: None = None) -> tuple[torch.Tensor, None]:
+        values = F.linear(hidden.float(), self.weight.float())
+        if self.sequence_parallel:
+            values = tensor_parallel.gather_from_sequence_parallel_region(values, tensor_parallel_output_grad=False)
+        return values, None
+
+
+def _build_chunk(config: Config, tf_config: TransformerConfig, vp_stage: Optional[int], value_head: bool) -> GPTModel:
     s = config.model
     where: dict[str, Any] = dict(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
     scaled = s.get("rope_scaling_factor")
-    return GPTModel(
+    chunk = GPTModel(
         config=tf_config, transformer_layer_spec=block_spec(tf_config, vp_stage), vocab_size=padded_vocab(config),
         max_sequence_length=s["max_position_embeddings"], parallel_output=True, vp_stage=vp_stage,
         pre_process=parallel_state.is_pipeline_first_stage(**where), post_process=parallel_state.is_pipeline_last_stage(**where),
-        share_embeddings_and_output_weights=not s["untie_embeddings_and_output_weights"],
+        share_embeddings_and_output_weights=not (s["untie_embeddings_and_output_weights"] or value_head),
         position_embedding_type="rope", rotary_percent=s["rotary_percent"], rotary_base=s["rotary_base"],
         rope_scaling=scaled is not None, rope_scaling_factor=scaled or 8.0)
+    if value_head and chunk.post_process:
+        chunk.output_layer = ValueHead(tf_config, config.seed)
+    return chunk
 
 
 def padded_vocab(config: Config) -> int:

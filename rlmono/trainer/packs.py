@@ -41,6 +41,10 @@ class Pack:
     advantages: torch.Tensor
     old_log_probs: Optional[torch.Tensor] = None
     ref_log_probs: Optional[torch.Tensor] = None
+    teacher_log_probs: Optional[torch.Tensor] = None
+    values: Optional[torch.Tensor] = None
+    """The critic's, of what stands before each response token, from before the rollout's first step."""
+    returns: Optional[torch.Tensor] = None
 
     def set_per_sample(self, values: dict[int, float]) -> None:
         """Advantages from one value a sample, by sample index."""
@@ -69,7 +73,8 @@ def make_pack(samples: Sequence[TrainSample], device: torch.device, multiple: in
     on = lambda x: torch.from_numpy(x).to(device)  # noqa: E731 - shorter than its uses
     cu_seqlens = on(np.array(bounds, np.int32))
     return Pack(list(samples), on(tokens[mine]), on(positions[mine]), on(targets[mine]),
-                PackedSeqParams(qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_seqlen_q=max(lengths), max_seqlen_kv=max(lengths)),
+                PackedSeqParams(qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens,
+                                max_seqlen_q=max(lengths), max_seqlen_kv=max(lengths)),
                 bounds, on(read_at), [torch.from_numpy(np.frombuffer(s.loss_mask, np.uint8).astype(np.float32)) for s in samples], on(sample_of),
                 on(np.frombuffer(rollout, np.float32).copy()) if rollout or not len(read_at) else None,
                 torch.zeros(0, device=device), torch.zeros(len(read_at), device=device))

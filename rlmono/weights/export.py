@@ -21,10 +21,14 @@ Named = list[tuple[str, torch.Tensor]]
 class Groups(Protocol):
     """Where the parts of a tensor are."""
 
-    tp: dist.ProcessGroup
-    expert_tp: dist.ProcessGroup
-    ep: dist.ProcessGroup
-    pp: dist.ProcessGroup
+    @property
+    def tp(self) -> dist.ProcessGroup: ...
+    @property
+    def expert_tp(self) -> dist.ProcessGroup: ...
+    @property
+    def ep(self) -> dist.ProcessGroup: ...
+    @property
+    def pp(self) -> dist.ProcessGroup: ...
 
 
 def export(held: Mapping[str, torch.Tensor], tensors: Sequence[Tensor], groups: Groups, vocab_size: int,

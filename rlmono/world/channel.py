@@ -7,8 +7,8 @@ that it read from the store, and a host connects to just the controller's key. S
 
 from __future__ import annotations
 
+import logging
 import os
-import shutil
 import socket
 import tempfile
 from pathlib import Path
@@ -20,22 +20,55 @@ from torch.distributed import Store
 from zmq.auth.asyncio import AsyncioAuthenticator
 
 from rlmono.world import messages
+from rlmono.world.locks import InUse, hold
 from rlmono.world.store import Deadline, store_get
+
+log = logging.getLogger(__name__)
+_ZAP_DOMAIN = "rlmono"
 
 
 class PrivateFolder:
-    """A folder for sockets that only this user can enter; its path is short, as unix sockets ask. Removed by `close`."""
+    """A folder for sockets that only this user can enter; its path is short, as unix sockets ask. Removed by `close`,
+    or by the next run where this process was killed: it is locked for as long as its owner lives."""
 
     def __init__(self, attempt: str):
-        self.path = Path(tempfile.mkdtemp(prefix=f"rlmono-{attempt[:6]}-", dir=_short_tmp()))
-        os.chmod(self.path, 0o700)
+        tmp = Path(_short_tmp())
+        _sweep(tmp)
+        fresh = Path(tempfile.mkdtemp(prefix=".rlmono-", dir=tmp))      # mode 0700; swept by nobody until it is locked
+        self._lock = hold(fresh)
+        self.path = fresh.rename(tmp / f"rlmono-{attempt[:6]}{fresh.name.removeprefix('.rlmono')}")
 
     @property
     def address(self) -> str:
         return f"ipc://{self.path}/host"
 
     def close(self) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
+        _remove(self.path)
+        os.close(self._lock)
+
+
+def _sweep(tmp: Path) -> None:
+    """Remove what runs of this user that were killed have left."""
+    for left in tmp.glob("rlmono-??????-*"):
+        try:
+            if not left.is_dir() or left.stat().st_uid != os.getuid():
+                continue
+            lock = hold(left)
+        except (InUse, OSError):        # its run is alive, or another process has just removed it
+            continue
+        _remove(left)
+        os.close(lock)
+
+
+def _remove(folder: Path) -> None:
+    """Nothing but what a run puts there: an empty folder, or one with a socket."""
+    address = folder / "host"
+    try:
+        if address.is_socket():
+            address.unlink()
+        folder.rmdir()
+    except OSError as e:
+        log.warning("%s is left behind: %s", folder, e)
 
 
 def _short_tmp() -> str:
@@ -124,17 +157,23 @@ def _open_controller(context: zmq.asyncio.Context, store: Store, rank: int, host
     peers = [store_get(store, f"host/{h}/key", deadline.left(), f"host rank {h}").encode() for h in hosts if h != rank]
     auth = AsyncioAuthenticator(context)
     auth.start()
-    auth.configure_curve_callback(domain="*", credentials_provider=_Allowed(peers))
+    auth.configure_curve_callback(domain=_ZAP_DOMAIN, credentials_provider=_Allowed(peers))
     sock = context.socket(zmq.ROUTER)
     sock.curve_publickey, sock.curve_secretkey, sock.curve_server = *keys, True
-    sock.zap_domain = b"rlmono"
+    sock.zap_domain = _ZAP_DOMAIN.encode()
     sock.setsockopt(zmq.ROUTER_MANDATORY, 1)
     _keep_alive(sock)
-    # Bound to the address by which the other nodes know this one, not to every interface.
-    address = socket.gethostbyname(master_addr)
-    port = sock.bind_to_random_port(f"tcp://{address}")
-    store.set("controller/address", f"tcp://{address}:{port}")
+    port = sock.bind_to_random_port(f"tcp://{_interface(master_addr)}")
+    store.set("controller/address", f"tcp://{master_addr}:{port}")
     return HostMesh(sock, auth)
+
+
+def _interface(master_addr: str) -> str:
+    """The address by which the other nodes know this one, not every interface; except where a node's own name leads
+    back to itself only (Debian's 127.0.1.1)."""
+    address = socket.gethostbyname(master_addr)
+    itself_only = address.startswith("127.") and master_addr not in (address, "localhost")
+    return "*" if itself_only else address
 
 
 class _Allowed:
@@ -144,7 +183,8 @@ class _Allowed:
         self._keys = set(keys)
 
     def callback(self, domain: str, key: bytes) -> bool:
-        return zmq.utils.z85.encode(key) in self._keys
+        """`key` comes in Z85, as `curve_keypair` writes it."""
+        return key in self._keys
 
 
 def _keep_alive(sock: zmq.asyncio.Socket) -> None:

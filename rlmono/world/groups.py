@@ -26,7 +26,8 @@ def cross_pool_group(store: dist.Store, name: str, members: Sequence[int], rank:
     """A group of global ranks out of several pools; only its members call this. In it, ranks count along `members`."""
     backend = c10d.Backend("nccl" if device == "cuda" else "gloo")
     group, _ = c10d._new_process_group_helper(len(members), members.index(rank), [], backend, dist.PrefixStore(f"cross/{name}", store),
-                                              group_name=f"cross/{name}", timeout=datetime.timedelta(seconds=timeout_s))
+                                              group_name=f"cross/{name}",     # type: ignore[arg-type]
+                                              timeout=datetime.timedelta(seconds=timeout_s))
     c10d._world.pg_group_ranks[group] = {i: i for i in range(len(members))}
     return group
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Mapping
 
 
 class WorldError(ValueError):
     """The world of ranks is not what the configuration needs; the message says what to start instead."""
+
+
+class RankMisplaced(WorldError):
+    """A fault that only some ranks can see, so that each of them must say it."""
 
 
 HOW_TO_START = "Start it with `launch/run.sh` (or `torchrun --nproc-per-node <devices + 1> -m rlmono train …`; under Slurm: slurm/train.sbatch)."
@@ -25,6 +30,8 @@ class Launch:
     master_port: int
     agent_store: bool
     """True where torchrun's agent already serves the store at the master's port."""
+    agent: bool = False
+    """True where this process was started by torchrun's agent, on this node."""
 
     @property
     def node(self) -> int:
@@ -50,18 +57,20 @@ def read_launch(environ: Mapping[str, str]) -> Launch:
     if missing:
         raise WorldError(f"{', '.join(missing)} missing in the environment. {HOW_TO_START}")
     rank, world, local, local_world, port = (_integer(n, environ[n]) for n in names)
-    if world % local_world:
-        raise WorldError(f"{world} ranks don't divide into nodes of {local_world}: every node needs the same number of device ranks and one host rank.")
-    launch = Launch(rank, world, local, local_world, environ["MASTER_ADDR"], port, environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True")
+    if local_world < 1 or world % local_world:
+        raise WorldError(f"{world} ranks don't divide into nodes of {local_world}: "
+                         "every node needs the same number of device ranks and one host rank.")
+    launch = Launch(rank, world, local, local_world, environ["MASTER_ADDR"], port, environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+                    "TORCHELASTIC_RUN_ID" in environ)
     if launch.rank != launch.node * local_world + local:
-        raise WorldError(f"rank {rank} is not local rank {local} of node {launch.node}: ranks must be dealt node by node (srun --distribution=block).")
+        raise RankMisplaced(f"rank {rank} is not local rank {local} of node {launch.node}: "
+                            "ranks must be dealt node by node (srun --distribution=block).")
     return launch
 
 
 def _integer(name: str, text: str) -> int:
     """srun writes 9(x2) for two nodes of nine tasks, and 9,8 for unequal ones."""
-    head, _, times = text.partition("(")
-    try:
-        return int(head)
-    except ValueError:
-        raise WorldError(f"{name}={text!r}: every node needs the same number of ranks, as one whole number.") from None
+    number = re.fullmatch(r"(\d+)(\(x\d+\))?", text)
+    if number is None:
+        raise WorldError(f"{name}={text!r}: every node needs the same number of ranks, as one whole number.")
+    return int(number[1])

@@ -40,7 +40,8 @@ class EndPhase(msgspec.Struct, tag=True):
 
 
 class Output(msgspec.Struct, tag=True):
-    """Engine to host: a finished request. `log_probs` has one entry a token of `output_ids`; `finish` is stop, length or abort."""
+    """Engine to host: a finished request. `log_probs` has one entry a token of `output_ids`; `finish` is stop, length or abort;
+    `error` says why the engine refused it, and is empty otherwise."""
 
     rid: str
     output_ids: list[int]
@@ -48,6 +49,7 @@ class Output(msgspec.Struct, tag=True):
     finish: str
     weight_version: int
     cached_tokens: int = 0
+    error: str = ""
 
 
 class Outputs(msgspec.Struct, tag=True):
@@ -78,7 +80,10 @@ class TrainStep(msgspec.Struct):
 
 
 class TrainBatch(msgspec.Struct, tag=True):
-    """Controller to trainer: a rollout, as this data-parallel rank trains on it. `rewards` is (group, index, reward) of every sample of the rollout."""
+    """Controller to trainer: a rollout, as this data-parallel rank trains on it.
+
+    `rewards` is (group, index, reward) of every sample of the rollout.
+    """
 
     rollout_id: int
     steps: list[TrainStep]
@@ -125,11 +130,17 @@ class Relay(msgspec.Struct, tag=True):
     payload: msgspec.Raw
 
 
+class Goodbye(msgspec.Struct, tag=True):
+    """Controller to the other hosts: the run is over; with `error`, because it failed."""
+
+    error: str = ""
+
+
 class Heartbeat(msgspec.Struct, tag=True):
     """Between hosts: still here."""
 
 
-Message = Union[Generate, Abort, EndPhase, Outputs, TrainBatch, Report, Failed, RunGroup, GroupDone, Relay, Heartbeat]
+Message = Union[Generate, Abort, EndPhase, Outputs, TrainBatch, Report, Failed, RunGroup, GroupDone, Relay, Goodbye, Heartbeat]
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Message)
@@ -140,5 +151,5 @@ def encode(message: Message) -> bytes:
 
 
 def decode(payload: bytes) -> Message:
-    """Raises msgspec.ValidationError for anything that is not one of ours."""
+    """Raises msgspec.DecodeError for anything that is not one of ours."""
     return _decoder.decode(payload)

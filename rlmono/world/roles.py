@@ -89,12 +89,14 @@ class RankGrid:
         engines = _engines(config, servers, per_node)
         tp, pp, cp = config.tensor_model_parallel_size, config.pipeline_model_parallel_size, config.context_parallel_size
         if len(trainers) % (tp * pp * cp):
-            raise WorldError(f"{len(trainers)} training ranks are no multiple of tensor {tp} x pipeline {pp} x context {cp} parallel = {tp * pp * cp}.")
+            raise WorldError(f"{len(trainers)} training ranks are no multiple of tensor {tp} x pipeline {pp} x context {cp} parallel "
+                             f"= {tp * pp * cp}.")
         return RankGrid(nodes, ranks_per_node, tuple(trainers), engines, tp, pp, cp)
 
     def lines(self) -> list[str]:
         """The grid as text, a line a rank."""
-        head = f"{self.nodes} node(s) x {self.ranks_per_node} ranks; {len(self.trainers)} train (dp {self.data_parallel_size} x tp {self.tp} x pp {self.pp} x cp {self.cp})"
+        layout = f"dp {self.data_parallel_size} x tp {self.tp} x pp {self.pp} x cp {self.cp}"
+        head = f"{self.nodes} node(s) x {self.ranks_per_node} ranks; {len(self.trainers)} train ({layout})"
         if self.engines:
             head += f"; {len(self.engines)} engine(s) of {len(self.engines[0])}"
         rows = [head]
@@ -131,8 +133,9 @@ def _deal(config: Config, nodes: int, per_node: int, device_rank: list[int]) -> 
         raise WorldError("Without --colocate, give --actor-num-gpus-per-node (devices that train) and --rollout-num-gpus (devices that serve).")
     train = config.actor_num_nodes * train_per_node
     if train + serve != nodes * per_node or train_per_node > per_node or config.actor_num_nodes > nodes:
-        raise WorldError(f"{world}, {nodes * per_node} devices in all, but {config.actor_num_nodes} x {train_per_node} that train and {serve} that serve "
-                         f"are {train + serve}: on one node start `--nproc-per-node {train + serve + 1}` (devices + 1 host rank).")
+        raise WorldError(f"{world}, {nodes * per_node} devices in all, but {config.actor_num_nodes} x {train_per_node} that train "
+                         f"and {serve} that serve are {train + serve}: on one node start `--nproc-per-node {train + serve + 1}` "
+                         "(devices + 1 host rank).")
     trainers = [r for i, r in enumerate(device_rank) if i // per_node < config.actor_num_nodes and i % per_node < train_per_node]
     return trainers, [r for r in device_rank if r not in set(trainers)]
 
@@ -142,5 +145,6 @@ def _engines(config: Config, servers: list[int], per_node: int) -> tuple[tuple[i
     if len(servers) % size:
         raise WorldError(f"{len(servers)} serving devices don't divide into engines of --rollout-num-gpus-per-engine {size}.")
     if servers and size < per_node and per_node % size and config.colocate:
-        raise WorldError(f"An engine of {size} devices does not fit nodes of {per_node}: --rollout-num-gpus-per-engine must divide the node, or be a multiple of it.")
+        raise WorldError(f"An engine of {size} devices does not fit nodes of {per_node}: --rollout-num-gpus-per-engine must divide the node, "
+                         "or be a multiple of it.")
     return tuple(tuple(servers[i:i + size]) for i in range(0, len(servers), size))
