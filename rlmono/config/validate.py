@@ -243,6 +243,13 @@ def _teacher(config: Config) -> Iterator[str]:
         return
     if (mine := config.model.get("vocab_size")) and shape["vocab_size"] != mine:
         yield f"opd_teacher_load {path} has a vocabulary of {shape['vocab_size']} tokens, the model {mine}: the teacher must share it"
+    stages, layers = config.pipeline_model_parallel_size * (config.virtual_pipeline_model_parallel_size or 1), shape["num_layers"]
+    if layers != config.model.get("num_layers") and layers % stages:
+        yield f"opd_teacher_load {path}: its {layers} layers don't divide into {stages} equal pipeline stages"
+    for name in ("num_attention_heads", "ffn_hidden_size"):
+        if shape[name] % config.tensor_model_parallel_size:
+            yield (f"opd_teacher_load {path}: tensor_model_parallel_size {config.tensor_model_parallel_size} does not divide the teacher's "
+                   f"{name} {shape[name]}")
     if shape.get("quantization_config"):
         yield f"opd_teacher_load {path} holds quantised weights: use the bf16 folder"
 

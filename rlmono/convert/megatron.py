@@ -10,6 +10,7 @@ import math
 import os
 import sys
 import traceback
+import warnings
 from pathlib import Path
 from typing import Any, Iterator, Optional, Sequence
 
@@ -84,6 +85,7 @@ def _find_launch() -> Launch:
 def _join(launch: Launch, config: Config) -> dist.Store:
     """Meet the others in Megatron's default group; the store of this attempt."""
     from rlmono.trainer import compat
+    warnings.filterwarnings("ignore", module=r"megatron\.")         # what it does without Transformer Engine is no matter here
     compat.prepare()                    # before any process group
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // launch.local_world_size))
     store: dist.Store = dist.HashStore()

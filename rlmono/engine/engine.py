@@ -101,6 +101,16 @@ class Engine:
                 raise RuntimeError("the engine still generates after its phase has ended")
         raise RuntimeError("the engine does not become idle after its phase has ended")
 
+    def pause(self, tag: str) -> None:
+        """Let go of the GPU memory of `kv_cache`, `weights` or `cuda_graph`. SGLang keeps what no update brings back (RoPE tables and other buffers)."""
+        from sglang.srt.managers.io_struct import ReleaseMemoryOccupationReqInput
+        self.scheduler.weight_updater.release_memory_occupation(ReleaseMemoryOccupationReqInput(tags=[tag]))
+
+    def resume(self, tag: str) -> None:
+        """Take it again; weights come back with the next update."""
+        from sglang.srt.managers.io_struct import ResumeMemoryOccupationReqInput
+        self.scheduler.weight_updater.resume_memory_occupation(ResumeMemoryOccupationReqInput(tags=[tag]))
+
     @torch.no_grad()
     def compare_weights(self, buckets: Iterable[Iterable[tuple[str, torch.Tensor]]]) -> list[str]:
         """Names of parameters that differ, in any bit, from what loading these tensors gives; [] when all are equal.

@@ -16,6 +16,7 @@ def run(world: World, plan: RunPlan, link: HostLink) -> None:
     memory = Memory(open_saver(world.device))
     trainer = build_trainer(world, plan, memory)
     engine = build_engine(world, link, memory_saver=memory.saver is not None)
+    memory.engine = engine
     weights = Colocated(trainer, engine, config.check_weight_update_equal)
     saver = Saver(world, plan, link, trainer, engine)
     weights.update(version=plan.start)

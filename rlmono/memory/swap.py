@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import time
 from dataclasses import dataclass
-from typing import Any, ContextManager, Optional
+from typing import Any, ContextManager, Optional, Protocol
 
 STATES = ("rollout", "train", "sync")
 BUILT = "start"
@@ -21,11 +21,13 @@ BUILT = "start"
 
 @dataclass(frozen=True)
 class Tag:
-    """`needed_in` lists the states in which the tag must be on the GPU; `kept` says if its content survives leaving."""
+    """`needed_in` lists the states in which the tag must be on the GPU; `kept` says if its content survives leaving;
+    `of_engine`, that SGLang allocates it."""
 
     name: str
     needed_in: tuple[str, ...]
     kept: bool
+    of_engine: bool = True
 
 
 # The first three are SGLang's own names for what it allocates.
@@ -33,8 +35,15 @@ TAGS = (
     Tag("kv_cache", ("rollout",), kept=False),
     Tag("cuda_graph", ("rollout", "sync"), kept=False),
     Tag("weights", ("rollout", "sync"), kept=False),
-    Tag("trainer", ("sync", "train"), kept=True),
+    Tag("trainer", ("sync", "train"), kept=True, of_engine=False),
 )
+
+
+class Owner(Protocol):
+    """Who lets go of a tag's memory and takes it again: torch-memory-saver itself, or the engine, which has more to mind."""
+
+    def pause(self, tag: str) -> None: ...
+    def resume(self, tag: str) -> None: ...
 
 
 class Memory:
@@ -43,6 +52,7 @@ class Memory:
     def __init__(self, saver: Optional[Any]):
         self.state = BUILT
         self.saver = saver
+        self.engine: Optional[Owner] = None         # set when it is built
         self.seconds: dict[str, float] = {}
 
     def region(self, name: str) -> ContextManager[Any]:
@@ -73,7 +83,12 @@ class Memory:
         if leaving:
             torch.cuda.empty_cache()
         for tag in leaving:             # first make room
-            self.saver.pause(tag.name)  # type: ignore[union-attr]
+            self._owner(tag).pause(tag.name)
         for tag in coming:
-            self.saver.resume(tag.name)     # type: ignore[union-attr]
+            self._owner(tag).resume(tag.name)
         torch.cuda.synchronize()
+
+    def _owner(self, tag: Tag) -> Owner:
+        owner = self.engine if tag.of_engine else self.saver
+        assert owner is not None, f"nobody owns {tag.name}"
+        return owner

@@ -52,7 +52,7 @@ class Bar:
     def _say(self) -> None:
         self.said = time.monotonic()
         speed = self.done / GIB / max(1e-9, self.said - self.started)
-        print(f"{self.title}: {100 * self.done // self.total} % of {self.total / GIB:.3g} GiB, {speed:.2g} GiB/s", file=self.stream, flush=True)
+        print(f"{self.title}: {min(100, 100 * self.done // self.total)} % of {self.total / GIB:.3g} GiB, {speed:.2g} GiB/s", file=self.stream, flush=True)
 
     @contextlib.contextmanager
     def following(self, folder: Path) -> Iterator[None]:
@@ -71,6 +71,7 @@ class Bar:
             ended.set()
             if self.show:
                 thread.join()
+                self.advance(size_of(folder) - self.done)
 
 
 def size_of(folder: Path) -> int:

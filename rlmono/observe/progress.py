@@ -185,4 +185,4 @@ def number(value: float) -> str:
     """Three digits that count, without an exponent where a person would write none."""
     if value != 0 and abs(value) < 1e-3:
         return f"{value:.1e}"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"

@@ -24,7 +24,7 @@ class EngineClient:
         self.tokens = 0
 
     async def generate(self, input_ids: list[int], sampling: Sampling, timeout_s: float) -> Output:
-        """One response. Raises TimeoutError when the engine does not answer in time (the request is aborted then), RuntimeError when it refuses."""
+        """One response. Raises TimeoutError when the engine does not answer in time (it is aborted then), RuntimeError when it refuses."""
         async with self._room:
             rid = f"{next(_numbers):016x}"      # one length: SGLang aborts by prefix
             answer: asyncio.Future[Output] = asyncio.get_running_loop().create_future()

@@ -35,34 +35,37 @@ class _LogProb(torch.autograd.Function):
         ctx.temperature, ctx.with_entropy_grad = temperature, with_entropy_grad
         local = targets - start
         ctx.mine = (local >= 0) & (local < ctx.columns)
-        ctx.local = local.clamp(0, logits.shape[1] - 1)
+        ctx.local = local.clamp(0, max(0, ctx.columns - 1))
         top, total, weighted, at_target = (logits.new_zeros(len(targets), dtype=torch.float32) for _ in range(4))
+        # Everything counts from the largest logit: a log-partition far from 0 would round small differences away.
         for rows, x in _chunks(ctx, logits):
             top[rows] = x.amax(1)
-            e = (x - top[rows, None]).exp_()
+            x -= top[rows, None]
+            e = x.exp()
             total[rows] = e.sum(1)
-            # 0 * inf of a masked column is no part of the sum
             weighted[rows] = (e * x).sum(1)
-            at_target[rows] = torch.where(ctx.mine[rows], x.gather(1, ctx.local[rows, None].clamp(max=max(0, ctx.columns - 1)))[:, 0], 0.0)
+            at_target[rows] = x.gather(1, ctx.local[rows, None])[:, 0]
+        at_target = torch.where(ctx.mine, at_target, 0.0)
         if dist.get_world_size(group) > 1:
             overall = top.clone()
             dist.all_reduce(overall, dist.ReduceOp.MAX, group=group)
-            sums = torch.stack([total, weighted, torch.zeros_like(total)]) * (top - overall).exp_()
-            sums[2] = at_target
+            down = top - overall
+            sums = torch.stack([total, weighted + down * total, torch.zeros_like(total)]) * down.exp()
+            sums[2] = torch.where(ctx.mine, at_target + down, 0.0)
             dist.all_reduce(sums, group=group)
             top, (total, weighted, at_target) = overall, sums
-        log_z = top + total.log()
-        entropy = log_z - weighted / total
-        ctx.save_for_backward(logits, log_z, entropy)
+        log_total = total.log()
+        entropy = log_total - weighted / total
+        ctx.save_for_backward(logits, top, log_total, entropy)
         ctx.mark_non_differentiable(*([] if with_entropy_grad else [entropy]))
-        return at_target - log_z, entropy
+        return at_target - log_total, entropy
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
-        logits, log_z, entropy = ctx.saved_tensors
+        logits, top, log_total, entropy = ctx.saved_tensors
         grad_logp, grad_entropy = grads
         for rows, x in _chunks(ctx, logits):
-            log_p = x - log_z[rows, None]
+            log_p = x.sub_(top[rows, None]).sub_(log_total[rows, None])
             g = log_p.exp() * -grad_logp[rows, None]
             if ctx.with_entropy_grad:
                 g -= log_p.exp() * (log_p + entropy[rows, None]) * grad_entropy[rows, None]
@@ -74,7 +77,7 @@ class _LogProb(torch.autograd.Function):
 
 
 def _chunks(ctx: Any, logits: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-    """(rows, logits of these rows over the real vocabulary, in fp32 and divided by the temperature)."""
+    """(rows, a copy of these rows' logits over the real vocabulary, in fp32 and divided by the temperature)."""
     for a in range(0, logits.shape[0], CHUNK):
         rows = slice(a, a + CHUNK)
-        yield rows, logits[rows, :ctx.columns].float() / ctx.temperature
+        yield rows, logits[rows, :ctx.columns].to(torch.float32, copy=True).div_(ctx.temperature)

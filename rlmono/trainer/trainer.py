@@ -74,8 +74,14 @@ class Trainer(Learner):
         return self.reference
 
     def add_teacher(self, shape: Mapping[str, Any]) -> list[Any]:
-        """A frozen model for on-policy distillation, of any shape with this vocabulary; its weights are the caller's to load."""
-        self.teacher = self._frozen(dataclasses.replace(self.config, model=shape))
+        """A frozen model for on-policy distillation, of any shape with this vocabulary; its weights are the caller's to load.
+
+        With another number of layers than the actor's it has equal pipeline stages.
+        """
+        config = dataclasses.replace(self.config, model=shape)
+        if shape["num_layers"] != self.config.model["num_layers"]:
+            config = dataclasses.replace(config, decoder_first_pipeline_num_layers=None, decoder_last_pipeline_num_layers=None)
+        self.teacher = self._frozen(config)
         return self.teacher
 
     def _frozen(self, config: Config) -> list[Any]:

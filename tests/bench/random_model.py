@@ -23,7 +23,8 @@ from rlmono.quickstart import make
 COMMON: dict[str, Any] = dict(head_dim=128, max_position_embeddings=40960, initializer_range=0.02, rms_norm_eps=1e-6, dtype="bfloat16")
 SMALL = dict(hidden_size=512, intermediate_size=1024, num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=4, vocab_size=1024,
              tie_word_embeddings=False)
-EXPERTS = dict(n_routed_experts=16, num_experts_per_tok=4, moe_intermediate_size=256, n_shared_experts=1, first_k_dense_replace=1,
+# 24: for powers of two SGLang takes a FlashInfer kernel, which is not always installed.
+EXPERTS = dict(n_routed_experts=24, num_experts_per_tok=4, moe_intermediate_size=256, n_shared_experts=1, first_k_dense_replace=1,
                routed_scaling_factor=2.5, norm_topk_prob=True)
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-4b": dict(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8,

@@ -20,6 +20,8 @@ Tensors = dict[str, torch.Tensor]
 
 def make_family(name: str, folder: Path, dtype: torch.dtype = torch.bfloat16, files: int = 2, **changes: Any) -> Path:
     """A folder as it would be downloaded, with weights in `files` files. Not in a process with Megatron's overrides or a process group."""
+    from rlmono.engine.compat import prepare_cpu
+    prepare_cpu()           # or transformers' models can't be imported beside a torchvision for GPUs
     import transformers
     torch.manual_seed(len(name))
     model = transformers.AutoModelForCausalLM.from_config(_config(name, changes)).float()
@@ -78,8 +80,8 @@ def _config(name: str, changes: dict[str, Any]) -> Any:
     import transformers as tf
     base: dict[str, Any] = dict(
         hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=32, intermediate_size=96, vocab_size=VOCABULARY,
-        rms_norm_eps=1e-6, tie_word_embeddings=name == "qwen3-tied", max_position_embeddings=512, eos_token_id=2, bos_token_id=None, pad_token_id=0,
-        **changes)
+        rms_norm_eps=1e-6, tie_word_embeddings=name == "qwen3-tied", max_position_embeddings=512, eos_token_id=2, bos_token_id=None,
+        pad_token_id=0) | changes
     experts = dict(num_experts_per_tok=2, moe_intermediate_size=48, n_routed_experts=4, n_shared_experts=1, first_k_dense_replace=1, routed_scaling_factor=2.5)
     if name.startswith("qwen3"):
         return tf.Qwen3Config(**base)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterator
 
 import tiny
 import torch
-
-from rlmono.config.schema import Config
 
 KL: dict[str, Any] = {"kl_coef": 0.05, "kl_loss_type": "k1"}
 OFF: dict[str, Any] = {"use_rollout_logprobs": True}
@@ -71,20 +69,18 @@ def build(folder: Path, options: dict[str, Any], name: str = "untied") -> Any:
     return trainer
 
 
-def critic_tensors(trainer: Any, gradients: bool) -> tiny.Gradients:
-    """The critic's weights or gradients as full tensors by HF name, its head too. Collective."""
-    from rlmono.trainer.critic import HEAD as OURS
-    from rlmono.trainer.layout import Layout, held_tensors
-    from rlmono.weights.export import export
-    critic, shape = trainer.critic, trainer.config.model
-    if gradients:
-        tiny.gather_gradients(critic)
-    held = held_tensors(critic.chunks)
-    values = {n: p.main_grad if gradients else p.data for n, p in held.items()}
-    tensors = [t for t in trainer._tensors if t.name != OURS]
-    out = {n: x.clone() for bucket in export(values, tensors, Layout.current(), shape["vocab_size"]) for n, x in bucket}
-    return out | ({HEAD: values[OURS].clone()} if OURS in values else {})
+class CriticView:
+    """The critic, as tiny.gradients and tiny.exported want it: its body by HF name, and its head on ranks that have it."""
 
+    def __init__(self, trainer: Any):
+        self.chunks, self.ddp = trainer.critic.chunks, trainer.critic.ddp
+        self.shape, self.tensors = trainer.config.model, trainer._tensors
 
-def defaults(options: dict[str, Any]) -> Config:
-    return Config(**options)
+    def export(self) -> Iterator[list[tuple[str, torch.Tensor]]]:
+        from rlmono.trainer.critic import HEAD as OURS
+        from rlmono.trainer.layout import Layout, held_tensors
+        from rlmono.weights.export import export
+        held = held_tensors(self.chunks)
+        yield from export(held, [t for t in self.tensors if t.name != OURS], Layout.current(), self.shape["vocab_size"])
+        if OURS in held:
+            yield [(HEAD, held[OURS])]
