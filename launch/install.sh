@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Install rlmono and everything it needs, pinned, into .venv: ./launch/install.sh [cpu|gpu|test]
 #
-#   cpu     (default) torch first, then what sglang and megatron-core need without a GPU
+#   cpu     (default, unless the other is installed) torch first, then what sglang and megatron-core need without a GPU
 #   gpu     sglang as a whole, with its CUDA builds
 #   test    what launch/test.sh needs besides; after one of the others
 #
@@ -63,13 +63,17 @@ install_test() {
     install "what tests need" --only-binary :all: -r "$PINS-test.txt"
 }
 
-digest() { { cat "$PINS"-*.txt "$ROOT/setup.cfg"; "$VENV/bin/python" -V; echo "$ROOT"; } 2>&1 | sha256sum; }
+digest() { { cat "${sources[@]}"; "$VENV/bin/python" -V; echo "$ROOT"; } 2>&1 | sha256sum; }
 
 PINS=$ROOT/launch/requirements
 LOG=$VENV/install.log
-kind=${1:-cpu}
-[ "$kind" = gpu ] || [ $# -gt 0 ] || [ ! -e "$VENV/installed-gpu" ] || kind=gpu
-case $kind in cpu | gpu | test) ;; *) die "can install cpu, gpu or test, not '$kind'" ;; esac
+kind=${1:-$([ -e "$VENV/installed-gpu" ] && echo gpu || echo cpu)}
+case $kind in
+    cpu) sources=("$PINS-torch.txt" "$PINS-cpu.txt" "$PINS-nodeps.txt") ;;
+    gpu) sources=("$ROOT/setup.cfg") ;;
+    test) sources=("$PINS-test.txt") ;;
+    *) die "can install cpu, gpu or test, not '$kind'" ;;
+esac
 
 stamp=$VENV/installed-$kind
 [ -e "$stamp" ] && [ "$(cat "$stamp")" = "$(digest)" ] && exit 0

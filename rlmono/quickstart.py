@@ -4,7 +4,7 @@ r"""A task that a CPU learns in minutes: two-digit addition, where RL finds that
 
 writes DIR/model (a Qwen3 of one layer and 267k parameters, with a character tokenizer), and jsonl data: sft, train, eval, and
 shuffled (train with labels that are all wrong, as a control). `sft.jsonl` is in training order: 1000 steps of 16 worked
-demonstrations `50+12=\boxed{62}`, then 200 steps of a mix of which 65 % are quick estimates `\boxed{50}`, nearly always
+demonstrations `50+12=\boxed{62}`, then 200 steps of a mix of which 70 % are quick estimates `\boxed{50}`, nearly always
 wrong. So supervised fine-tuning teaches the skill, and RL on `reward` selects the behaviour that uses it.
 
     python -m rlmono.quickstart result RUN_DIR
@@ -63,7 +63,7 @@ MODEL: dict[str, Any] = {
 
 LOW, HIGH = 10, 49
 HELD_OUT = 200
-SFT_BATCH, WORKED_STEPS, MIX_STEPS, MIX_WORKED_SHARE = 16, 1000, 200, 0.35
+SFT_BATCH, WORKED_STEPS, MIX_STEPS, MIX_WORKED_SHARE = 16, 1000, 200, 0.3
 
 Problem = tuple[int, int]
 

@@ -61,6 +61,7 @@ def appearing(output: Path) -> Iterator[Path]:
     try:
         _empty(partial)
         yield partial
+        _open_up(partial)
         sync_tree(partial)
         if output.exists():
             replaced = output.with_name(output.name + ".replaced")
@@ -84,6 +85,13 @@ def _empty(folder: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+def _open_up(folder: Path) -> None:
+    """Files are as readable as their folder; safetensors makes them their owner's alone."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & path.parent.stat().st_mode)
 
 
 def sync_tree(folder: Path) -> None:

@@ -99,12 +99,13 @@ def _convert(source: Path, output: Path, index: Index, change: Change, edit: Cal
     def one(partial: Path, file: Path, bar: Bar) -> dict[str, int]:
         """Sizes of what was written, by name."""
         tensors: dict[str, torch.Tensor] = {}
+        each, rest = divmod(file.stat().st_size, len(files[file]))
         for name in files[file]:
             if stop.is_set():
                 return {}
-            for new, tensor in change(name):
-                tensors[new] = tensor.contiguous()
-            bar.advance(file.stat().st_size // len(files[file]))
+            tensors.update((new, tensor.contiguous()) for new, tensor in change(name))
+            bar.advance(each)
+        bar.advance(rest)
         save_file(tensors, partial / file.name, metadata={"format": "pt"})
         return {name: t.nbytes for name, t in tensors.items()}
 

@@ -70,7 +70,8 @@ def _run(script: Path, ranks: int, args: tuple[str, ...], timeout_s: float, more
     """How it ended, in words; empty when well."""
     environ = os.environ | more | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
                                    "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, str(ROOT / "launch" / "torchrun.py"), "--nproc-per-node", str(ranks), "--master-port", str(free_port()), str(script), *args]
+    command = [sys.executable, str(ROOT / "launch" / "torchrun.py"), "--nproc-per-node", str(ranks), "--master-port", str(free_port()),
+               str(script), *args]
     with output.open("wb") as f, subprocess.Popen(command, stdout=f, stderr=subprocess.STDOUT, env=environ, cwd=ROOT) as process:
         try:
             status = process.wait(timeout_s)

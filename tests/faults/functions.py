@@ -20,7 +20,7 @@ async def generate(args: Any, sample: Any, sampling: Any, state: Any) -> Any:
     hold = Path(args.run_dir) / HOLD
     if hold.exists() and int(hold.read_text()) == sample.index:
         (hold.parent / HELD).touch()
-        end = time.monotonic() + 120
+        end = time.monotonic() + 300
         while hold.exists():
             if time.monotonic() > end:
                 raise TimeoutError("nobody let go of the held sample")

@@ -34,7 +34,7 @@ class Job:
                 "--custom-generate-function-path", f"{FUNCTIONS}:generate", "--rollout-batch-size", 4, "--n-samples-per-prompt", 8,
                 "--rollout-max-response-len", 12, "--use-dynamic-batch-size", "--max-tokens-per-gpu", 1024, "--lr", 1e-3, "--deterministic",
                 "--device", "cpu", "--num-rollout", self.rollouts, "--save-interval", 2, "--save", self.save, "--load", self.save,
-                "--run-dir", self.run_dir, "--start-timeout-s", 120, "--phase-timeout-s", 120, *self.placement]
+                "--run-dir", self.run_dir, "--start-timeout-s", 300, "--phase-timeout-s", 300, *self.placement]
 
     def start(self, node: tuple[int, int] | None = None) -> Run:
         console = self.folder / f"console-{len(list(self.folder.glob('console-*')))}"

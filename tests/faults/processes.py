@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -31,7 +32,7 @@ class Run:
                    "GLOO_SOCKET_IFNAME": "lo"}
         with open(console, "ab") as out:
             self.agent = subprocess.Popen([*command, "-m", "rlmono", "train", *map(str, args)], stdout=out, stderr=out, stdin=subprocess.DEVNULL,
-                                          env=environ, cwd=console.parent, start_new_session=True)
+                                          env=environ, cwd=console.parent, start_new_session=True, preexec_fn=_end_with_parent)
 
     def __enter__(self) -> Run:
         return self
@@ -58,18 +59,18 @@ class Run:
     def text(self) -> str:
         return self.console.read_text(errors="replace")
 
-    def wait(self, timeout_s: float = 180) -> int:
+    def wait(self, timeout_s: float = 400) -> int:
         """The exit status of the agent."""
         try:
             return self.agent.wait(timeout_s)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"the run has not ended within {timeout_s:g} s:\n{self.text()}") from None
 
-    def wait_until_gone(self, timeout_s: float = 40) -> None:
+    def wait_until_gone(self, timeout_s: float = 90) -> None:
         """No process of the run is left."""
         until(lambda: not self.alive(), "every process of the run to end", timeout_s, self.text)
 
-    def until(self, condition: Callable[[], object], what: str, timeout_s: float = 180) -> None:
+    def until(self, condition: Callable[[], object], what: str, timeout_s: float = 400) -> None:
         """Wait for something that the living run will do."""
         def met() -> object:
             done = condition()
@@ -83,6 +84,11 @@ def until(condition: Callable[[], object], what: str, timeout_s: float, text: Ca
     while not condition():
         assert time.monotonic() < end, f"waited {timeout_s:g} s for {what}:\n{text()}"
         time.sleep(0.001)
+
+
+def _end_with_parent() -> None:
+    """Also a test that is killed leaves no run behind."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)
 
 
 def free_port() -> int:

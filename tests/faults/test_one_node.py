@@ -69,7 +69,7 @@ def _kill_while_generating(job: Job) -> None:
     with job.start() as run:
         run.until(job.held, "rollout 2 to be generated")
         run.kill(rank=1)
-        assert run.wait(60) == 128 + signal.SIGKILL, run.text()
+        assert run.wait(120) == 128 + signal.SIGKILL, run.text()
         run.wait_until_gone()
     assert job.left_sockets() == []         # the host was told to end, and tidied up
     assert sorted(lineage(job.run_dir)) == [0, 1]
@@ -84,7 +84,7 @@ def _kill_while_saving(job: Job) -> None:
         pid = run.pid(rank=0)
         run.until(lambda: any(job.save.glob("partial-0000003-*")), "checkpoint 3 to be written")
         os.kill(pid, signal.SIGKILL)
-        assert run.wait(60) == 128 + signal.SIGKILL, run.text()
+        assert run.wait(120) == 128 + signal.SIGKILL, run.text()
         run.wait_until_gone()
     assert any(job.save.glob("partial-*")) and not job.checkpoint(3).exists()
 
@@ -97,7 +97,7 @@ def _fill_disk_before_save(job: Job, disk: Disk) -> None:
         assert f"resuming from {job.checkpoint(1)}: rollout 2 of 6" in run.text()
         disk.fill(run)
         job.let_go()
-        assert run.wait(60) == 1, run.text()
+        assert run.wait(120) == 1, run.text()
         run.wait_until_gone()
     (line, *_) = [x for x in run.text().splitlines() if "could not be written" in x]
     assert str(job.save / "partial-0000005-") in line and ("No space left" in line or "File too large" in line), run.text()

@@ -43,7 +43,7 @@ def _lose_a_node(job: Job) -> None:
     with first, second:
         first.until(job.held, "rollout 2 to be generated")
         os.kill(second.agent.pid, signal.SIGKILL)
-        assert first.wait(60) == 1, first.text()
+        assert first.wait(120) == 1, first.text()
         first.wait_until_gone()
         second.wait_until_gone()
     told = [line for line in first.text().splitlines() if line.startswith("rlmono: ")]

@@ -1,0 +1,147 @@
+"""SGLang in ranks, alone and as two tensor-parallel ranks and as two engines; the cases are in worlds/engine.py.
+
+And what needs no SGLang: the sampler that heeds seeds on CPU, and the host's view of an engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+import torch
+from torchrun import WORLDS, Result, case_names, run_world
+
+from rlmono.engine.compat import _multinomial_with_seed
+from rlmono.rollout.engines import EngineClient
+from rlmono.world.messages import Abort, EndPhase, Generate, Message, Output, Outputs, Sampling
+
+SCRIPT = WORLDS / "engine.py"
+# ranks, model, tensor-parallel size of an engine and of the trainer
+WORLD = {"one_engine": (1, "untied", 1, 1), "tensor_parallel": (2, "tied", 2, 1), "two_engines": (2, "untied", 1, 2)}
+
+
+@pytest.fixture(scope="module", params=WORLD)
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
+    ranks, model, engine_tp, trainer_tp = WORLD[request.param]
+    return run_world(SCRIPT, ranks, str(tmp_path_factory.mktemp(request.param)), model, str(engine_tp), str(trainer_tp), timeout_s=900)
+
+
+@pytest.mark.parametrize("name", case_names(SCRIPT))
+def test_engine(results: dict[str, Result], name: str) -> None:
+    results[name].check()
+
+
+# ---------------------------------------------------------------- the sampler
+
+N = 20000
+
+
+def draw(log_p: torch.Tensor, seeds: torch.Tensor, position: int = 3) -> torch.Tensor:
+    rows = log_p.expand(len(seeds), -1)
+    return _multinomial_with_seed(rows, seeds, torch.full((len(seeds),), position))[:, 0]
+
+
+def test_samples_are_distributed_as_asked() -> None:
+    p = torch.tensor([0.5, 0.25, 0.15, 0.07, 0.03])
+    for seeds in (torch.arange(N), torch.arange(N) * 2**40 + 12345):
+        counts = torch.bincount(draw(p.log(), seeds), minlength=5).double()
+        chi_square = float(((counts - N * p) ** 2 / (N * p)).sum())
+        assert chi_square < 18.5, (counts, chi_square)         # 4 degrees of freedom: 0.1 %
+
+
+def test_positions_and_seeds_draw_independently() -> None:
+    log_p = torch.full((4,), 0.25).log()
+    first, second = draw(log_p, torch.arange(N), 3), draw(log_p, torch.arange(N), 4)
+    joint = torch.bincount(first * 4 + second, minlength=16).double()
+    assert float(((joint - N / 16) ** 2 / (N / 16)).sum()) < 37.7         # 15 degrees of freedom: 0.1 %
+
+
+def test_a_row_depends_on_its_own_inputs_only() -> None:
+    torch.manual_seed(0)
+    log_p = torch.randn(50, 97).log_softmax(-1)
+    seeds, positions = torch.arange(50) * 7, torch.arange(50)
+    together = _multinomial_with_seed(log_p, seeds, positions)
+    order = torch.randperm(50)
+    assert torch.equal(_multinomial_with_seed(log_p[order], seeds[order], positions[order]), together[order])
+    assert torch.equal(_multinomial_with_seed(log_p[3:4], seeds[3:4], positions[3:4]), together[3:4])
+
+
+def test_what_has_no_probability_is_never_drawn() -> None:
+    log_p = torch.tensor([0.5, 0.0, 0.5]).log()
+    assert set(draw(log_p, torch.arange(1000)).tolist()) == {0, 2}
+
+
+# ---------------------------------------------------------------- the host's view
+
+
+def client() -> tuple[EngineClient, list[Message]]:
+    sent: list[Message] = []
+    return EngineClient("engine 0", sent.append, concurrency=2), sent
+
+
+def answer(rid: str, **values: Any) -> Outputs:
+    return Outputs([Output(rid, [7, 8], [-0.1, -0.2], "stop", 3, **values)])
+
+
+def test_answers_find_their_request() -> None:
+    async def run() -> None:
+        engine, sent = client()
+        tasks = [asyncio.create_task(engine.generate([i], Sampling(4), 10)) for i in range(3)]
+        await asyncio.sleep(0)
+        assert [m.input_ids for m in sent if isinstance(m, Generate)] == [[0], [1]], "two are in flight at most"
+        second, first = sent[1], sent[0]
+        assert isinstance(first, Generate) and isinstance(second, Generate) and len(first.rid) == len(second.rid)
+        engine.deliver(answer(second.rid))
+        assert (await tasks[1]).rid == second.rid and not tasks[0].done()
+        engine.deliver(answer(first.rid))
+        await asyncio.sleep(0.01)
+        third = sent[2]
+        assert isinstance(third, Generate)
+        with pytest.raises(RuntimeError, match="1 requests wait"):
+            engine.end_phase()
+        engine.deliver(answer(third.rid))
+        await asyncio.gather(*tasks)
+        engine.end_phase()
+        assert isinstance(sent[-1], EndPhase)
+    asyncio.run(run())
+
+
+def test_unknown_late_and_doubled_answers_are_counted() -> None:
+    async def run() -> None:
+        engine, sent = client()
+        task = asyncio.create_task(engine.generate([1], Sampling(4), 10))
+        await asyncio.sleep(0)
+        request = sent[0]
+        assert isinstance(request, Generate)
+        engine.deliver(answer("f" * 16))
+        engine.deliver(answer(request.rid))
+        engine.deliver(answer(request.rid))
+        await task
+        engine.deliver(answer(request.rid))
+        assert engine.unknown == 3
+    asyncio.run(run())
+
+
+def test_a_request_that_is_not_answered_is_aborted() -> None:
+    async def run() -> None:
+        engine, sent = client()
+        with pytest.raises(TimeoutError, match=r"engine 0 has not answered a request of 3 \+ 4 tokens within 0.01 s"):
+            await engine.generate([1, 2, 3], Sampling(4), 0.01)
+        request, last = sent[0], sent[-1]
+        assert isinstance(request, Generate) and isinstance(last, Abort) and last.rid == request.rid
+        engine.end_phase()          # nothing waits
+    asyncio.run(run())
+
+
+def test_a_refused_request_says_why() -> None:
+    async def run() -> None:
+        engine, sent = client()
+        task = asyncio.create_task(engine.generate([1, 2, 3], Sampling(4), 10))
+        await asyncio.sleep(0)
+        request = sent[0]
+        assert isinstance(request, Generate)
+        engine.deliver(answer(request.rid, error="the prompt is too long"))
+        with pytest.raises(RuntimeError, match=r"engine 0 refused a request of 3 \+ 4 tokens: the prompt is too long"):
+            await task
+    asyncio.run(run())
