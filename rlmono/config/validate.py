@@ -326,10 +326,10 @@ def _derived(config: Config, plan: BatchPlan) -> Config:
     if config.sequence_parallel and config.tensor_model_parallel_size == 1:
         values["sequence_parallel"] = False
     changed = {name: "derived" for name, value in values.items() if value != getattr(config, name)}
-    return dataclasses.replace(config, **values, origin={**config.origin, **changed}, notes=(*config.notes, *_remarks(config)))
+    return dataclasses.replace(config, **values, origin={**config.origin, **changed}, notes=(*config.notes, *_remarks(config, plan)))
 
 
-def _remarks(config: Config) -> Iterator[str]:
+def _remarks(config: Config, plan: BatchPlan) -> Iterator[str]:
     for name, off in (("rollout_top_p", 1.0), ("rollout_top_k", -1)):
         if getattr(config, name) != off and config.loss_type != "sft":
             yield f"warning: {name} {getattr(config, name)}: the engine samples from a cut distribution, so the training ratio is wrong"
@@ -342,8 +342,10 @@ def _remarks(config: Config) -> Iterator[str]:
     if config.eval_prompt_data and config.eval_interval is None:
         yield "evaluation runs only before and after training: there is no eval_interval"
     grouped = config.loss_type == "policy_loss" and config.advantage_estimator in GROUPED and not config.disable_rewards_normalization
-    if grouped and config.n_samples_per_prompt == 1:
+    if grouped and config.n_samples_per_prompt == 1 and not config.use_opd:
         yield "warning: n_samples_per_prompt 1: an advantage is a comparison within a group, so all of them are 0"
+    if config.use_opsm and plan.steps == 1 and not config.use_rollout_logprobs:
+        yield "warning: use_opsm leaves nothing out: with one step a rollout the policy is the old one; add --use-rollout-logprobs for the engine's"
     for name, estimators in ESTIMATOR_OPTIONS.items():
         if config.advantage_estimator not in estimators and _given(config, name):
             yield f"{name} is ignored: it belongs to advantage_estimator {' and '.join(estimators)}"

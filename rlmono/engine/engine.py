@@ -102,7 +102,7 @@ class Engine:
         raise RuntimeError("the engine does not become idle after its phase has ended")
 
     def pause(self, tag: str) -> None:
-        """Let go of the GPU memory of `kv_cache`, `weights` or `cuda_graph`. SGLang keeps what no update brings back (RoPE tables and other buffers)."""
+        """Let go of the GPU memory of `kv_cache`, `weights` or `cuda_graph`. What no update brings back (RoPE tables, other buffers) SGLang keeps."""
         from sglang.srt.managers.io_struct import ReleaseMemoryOccupationReqInput
         self.scheduler.weight_updater.release_memory_occupation(ReleaseMemoryOccupationReqInput(tags=[tag]))
 

@@ -52,7 +52,8 @@ class Bar:
     def _say(self) -> None:
         self.said = time.monotonic()
         speed = self.done / GIB / max(1e-9, self.said - self.started)
-        print(f"{self.title}: {min(100, 100 * self.done // self.total)} % of {self.total / GIB:.3g} GiB, {speed:.2g} GiB/s", file=self.stream, flush=True)
+        percent = min(100, 100 * self.done // self.total)
+        print(f"{self.title}: {percent} % of {self.total / GIB:.3g} GiB, {speed:.2g} GiB/s", file=self.stream, flush=True)
 
     @contextlib.contextmanager
     def following(self, folder: Path) -> Iterator[None]:

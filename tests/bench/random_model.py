@@ -39,7 +39,8 @@ SHAPES: dict[str, dict[str, Any]] = {
                                   partial_rotary_factor=0.5, n_group=1, topk_group=1, rms_norm_eps=1e-5),
     "deepseek": SMALL | EXPERTS | dict(
         architectures=["DeepseekV3ForCausalLM"], model_type="deepseek_v3", num_key_value_heads=8, n_group=4, topk_group=2, q_lora_rank=256,
-        kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, scoring_func="sigmoid", topk_method="noaux_tc", moe_layer_freq=1, rope_theta=10000.0,
+        kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, scoring_func="sigmoid", topk_method="noaux_tc",
+        moe_layer_freq=1, rope_theta=10000.0,
         rope_scaling=dict(type="yarn", rope_type="yarn", factor=40, beta_fast=32, beta_slow=1, mscale=1.0, mscale_all_dim=1.0,
                           original_max_position_embeddings=4096)),
 }

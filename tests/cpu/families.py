@@ -82,7 +82,8 @@ def _config(name: str, changes: dict[str, Any]) -> Any:
         hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=32, intermediate_size=96, vocab_size=VOCABULARY,
         rms_norm_eps=1e-6, tie_word_embeddings=name == "qwen3-tied", max_position_embeddings=512, eos_token_id=2, bos_token_id=None,
         pad_token_id=0) | changes
-    experts = dict(num_experts_per_tok=2, moe_intermediate_size=48, n_routed_experts=4, n_shared_experts=1, first_k_dense_replace=1, routed_scaling_factor=2.5)
+    experts = dict(num_experts_per_tok=2, moe_intermediate_size=48, n_routed_experts=4, n_shared_experts=1, first_k_dense_replace=1,
+                   routed_scaling_factor=2.5)
     if name.startswith("qwen3"):
         return tf.Qwen3Config(**base)
     if name == "qwen2":

@@ -194,4 +194,5 @@ def test_layers_for_next_token_prediction_are_found_by_their_projection(models: 
     for name in FAMILIES:
         found = prediction_tensors(read_folder(models / name))
         assert bool(found) == (name in PREDICTION) and all(n.startswith("model.layers.3.") for n in found)
-    assert prediction_tensors(["model.layers.6.a", "model.layers.61.eh_proj.weight", "model.layers.61.b"]) == ["model.layers.61.b", "model.layers.61.eh_proj.weight"]
+    names = ["model.layers.6.a", "model.layers.61.eh_proj.weight", "model.layers.61.b"]
+    assert prediction_tensors(names) == ["model.layers.61.b", "model.layers.61.eh_proj.weight"]

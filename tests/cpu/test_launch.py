@@ -87,7 +87,8 @@ def two_hosts(tmp_path: Path) -> Iterator[Path]:
         shutil.copy(ROOT / "launch" / name, tmp_path / "launch")
     scripts = {"bin/ssh": 'while [ "$1" = -o ]; do shift 2; done; shift; exec setsid sh -c "$*"',
                "launch/run.sh": 'echo "$NODE_RANK/$NNODES $MASTER_ADDR $NPROC_PER_NODE $RLMONO_LR $@" >told-$NODE_RANK; echo $$ >pid-$NODE_RANK\n'
-                                'case $1-$NODE_RANK in fail-1) until [ -s pid-0 ]; do sleep 0.05; done; exit 7 ;; wait-* | fail-*) exec sleep 600 ;; esac'}
+                                'case $1-$NODE_RANK in fail-1) until [ -s pid-0 ]; do sleep 0.05; done; exit 7 ;;\n'
+                                'wait-* | fail-*) exec sleep 600 ;; esac'}
     for name, text in scripts.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(0o755)

@@ -29,7 +29,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "tis_geometric": {"use_tis": True, "tis_clip": 1.05, "tis_clip_low": 0.9, "tis_level": "geometric"},
     "icepop": {"use_tis": True, "tis_clip": 1.5, "tis_clip_low": 0.5, "tis_mode": "mask"},
     "mis_sequence": {"use_tis": True, "tis_clip": 1.5, "tis_clip_low": 0.3, "tis_mode": "mask", "tis_level": "sequence"},
-    "mis_geometric": {"use_tis": True, "tis_clip": 1.1, "tis_clip_low": 0.95, "tis_mode": "mask", "tis_level": "geometric", "advantage_estimator": "gspo"},
+    "mis_geometric": {"use_tis": True, "tis_clip": 1.1, "tis_clip_low": 0.95, "tis_mode": "mask", "tis_level": "geometric",
+                      "advantage_estimator": "gspo"},
     "opsm": OFF | {"use_opsm": True, "opsm_delta": 0.01},
     "tis_and_opsm": {"use_tis": True, "tis_level": "geometric", "use_opsm": True, "opsm_delta": 0.0, "calculate_per_token_loss": True},
     "ppo": KL | OFF | {"advantage_estimator": "ppo", "gamma": 0.98, "lambd": 0.9},
@@ -43,7 +44,8 @@ def make_teacher(folder: Path) -> None:
     from transformers import Qwen3Config, Qwen3ForCausalLM
     torch.manual_seed(9)
     Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=tiny.VOCABULARY, hidden_size=96, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, head_dim=16, intermediate_size=64,
+        vocab_size=tiny.VOCABULARY, hidden_size=96, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, head_dim=16,
+        intermediate_size=64,
         tie_word_embeddings=True, initializer_range=0.1, max_position_embeddings=4096, eos_token_id=2, bos_token_id=None, pad_token_id=0)
     ).float().save_pretrained(folder)
 

@@ -67,7 +67,8 @@ def variant_agrees(name: str) -> dict[str, Any]:
     assert max(worst)[0] <= 1e-5, worst
     assert 0 < metrics["train/train_rollout_logprob_abs_diff"] < 1 and metrics["train/train_rollout_kl"] > 0
     trains_on(trainer, before, batch)
-    return {"loss": loss, "gradient": max(worst)[0], "tensor": max(worst)[1]} | {k: metrics[k] for k in sorted(metrics) if "clipfrac" in k or "tis" in k}
+    return {"loss": loss, "gradient": max(worst)[0], "tensor": max(worst)[1]} | {
+        k: metrics[k] for k in sorted(metrics) if "clipfrac" in k or "tis" in k}
 
 
 def trains_on(trainer: Any, before: tiny.Gradients, batch: list[Any]) -> None:

@@ -7,6 +7,7 @@ import gc
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -129,9 +130,8 @@ def case_many_files_have_an_index() -> None:
 
 def case_a_trainer_begins_with_it() -> None:
     """In bf16 and in fp32, on another layout, the actor and a reference have just the weights of the HF folder."""
-    from tiny import make_config
-
     from megatron.core import parallel_state
+    from tiny import make_config
 
     from rlmono.checkpoint import torch_dist
     from rlmono.trainer.trainer import Trainer
@@ -143,7 +143,7 @@ def case_a_trainer_begins_with_it() -> None:
                                       expert_tensor_parallel_size=1, use_kl_loss=True), dtype, 1)
         before = read_folder(MODELS / family)
         mapped = {name for t in trainer._tensors for name in t.hf_names}
-        for load in (lambda: torch_dist.load(trainer, folder, with_optimizer=False), lambda: trainer.load_hf(MODELS / family)):
+        for load in (partial(torch_dist.load, trainer, folder, with_optimizer=False), partial(trainer.load_hf, MODELS / family)):
             for p in (p for chunk in trainer.chunks for p in chunk.parameters()):
                 p.data.zero_()
             load()

@@ -12,11 +12,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import tiny
 import torch
 import torch.distributed as dist
 from make_families import response_of, sequences
 
-import tiny
 from rlmono.config.schema import Config
 from rlmono.models.registry import shape_from_hf
 from rlmono.rollout.schedule import plan_step
@@ -26,17 +26,21 @@ LOSS, GRADIENT, UPDATE = 1e-6, 1e-5, 1e-5       # relative; the last two ‖Δ�
 RECOMPUTE = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
 
 
-def layout(tp: int = 1, pp: int = 1, cp: int = 1, ep: int = 1, vpp: int | None = None, etp: int | None = None, sp: bool = True, **more: Any) -> dict[str, Any]:
+def layout(tp: int = 1, pp: int = 1, cp: int = 1, ep: int = 1, vpp: int | None = None, etp: int | None = None, sp: bool = True,
+           **more: Any) -> dict[str, Any]:
     return dict(tensor_model_parallel_size=tp, sequence_parallel=tp > 1 and sp, pipeline_model_parallel_size=pp, context_parallel_size=cp,
                 expert_model_parallel_size=ep, virtual_pipeline_model_parallel_size=vpp, expert_tensor_parallel_size=etp, **more)
 
 
-DENSE = {2: {"dp2": layout(), "tp2": layout(tp=2, sp=False), "tp2+sp": layout(tp=2), "pp2": layout(pp=2), "pp2·vpp2": layout(pp=2, vpp=2), "cp2": layout(cp=2)},
-         4: {"tp2·pp2": layout(tp=2, pp=2), "tp2·cp2": layout(tp=2, cp=2), "pp2·cp2": layout(pp=2, cp=2), "tp2·dp2": layout(tp=2), "pp2·vpp2·dp2": layout(pp=2, vpp=2),
+DENSE = {2: {"dp2": layout(), "tp2": layout(tp=2, sp=False), "tp2+sp": layout(tp=2), "pp2": layout(pp=2), "pp2·vpp2": layout(pp=2, vpp=2),
+             "cp2": layout(cp=2)},
+         4: {"tp2·pp2": layout(tp=2, pp=2), "tp2·cp2": layout(tp=2, cp=2), "pp2·cp2": layout(pp=2, cp=2), "tp2·dp2": layout(tp=2),
+             "pp2·vpp2·dp2": layout(pp=2, vpp=2),
              "pp4": layout(pp=4), "cp4": layout(cp=4)}}
 EXPERTS = {2: {"dp2": layout(), "ep2": layout(ep=2), "pp2": layout(pp=2), "pp2·vpp2": layout(pp=2, vpp=2), "cp2": layout(cp=2),
                "tp2·ep2·etp1+sp": layout(tp=2, ep=2, etp=1)},
-           4: {"pp2·ep2": layout(pp=2, ep=2), "ep4": layout(ep=4), "tp2·ep2·etp1·dp2": layout(tp=2, ep=2, etp=1), "tp2·pp2·ep2·etp1": layout(tp=2, pp=2, ep=2, etp=1),
+           4: {"pp2·ep2": layout(pp=2, ep=2), "ep4": layout(ep=4), "tp2·ep2·etp1·dp2": layout(tp=2, ep=2, etp=1),
+               "tp2·pp2·ep2·etp1": layout(tp=2, pp=2, ep=2, etp=1),
                "cp2·ep2": layout(cp=2, ep=2), "tp2·cp2·ep4·etp1": layout(tp=2, cp=2, ep=4, etp=1)}}
 
 
@@ -50,7 +54,8 @@ def case_dense_tied() -> dict[str, Any]:
 
 def case_uneven_stages() -> dict[str, Any]:
     """Five layers on two stages."""
-    return like_one_rank("qwen3_five", {2: {"2+3": layout(pp=2, decoder_first_pipeline_num_layers=2), "4+1": layout(pp=2, decoder_last_pipeline_num_layers=1)}, 4: {}})
+    uneven = {"2+3": layout(pp=2, decoder_first_pipeline_num_layers=2), "4+1": layout(pp=2, decoder_last_pipeline_num_layers=1)}
+    return like_one_rank("qwen3_five", {2: uneven, 4: {}})
 
 
 def case_experts() -> dict[str, Any]:
@@ -141,8 +146,9 @@ def build(name: str, where: dict[str, Any], per_token: bool) -> Any:
         parallel_state.destroy_model_parallel()
     shape = shape_from_hf(json.loads((FOLDER / name / "config.json").read_text()))
     # A large eps: otherwise Adam makes whole steps of gradients that are only rounding.
-    config = Config(hf_checkpoint=str(FOLDER / name), model=shape, colocate=True, loss_type="sft", use_dynamic_batch_size=True, max_tokens_per_gpu=64 // where["context_parallel_size"],
-                    calculate_per_token_loss=per_token, lr=1e-2, adam_eps=1e-3, weight_decay=0.0, **where)
+    config = Config(hf_checkpoint=str(FOLDER / name), model=shape, colocate=True, loss_type="sft", use_dynamic_batch_size=True,
+                    max_tokens_per_gpu=64 // where["context_parallel_size"], calculate_per_token_loss=per_token,
+                    lr=1e-2, adam_eps=1e-3, weight_decay=0.0, **where)
     trainer = Trainer(config, torch.float32, 10)
     trainer.load_hf(FOLDER / name)
     return trainer

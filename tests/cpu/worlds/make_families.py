@@ -31,8 +31,10 @@ def configs() -> dict[str, Any]:
     base: dict[str, Any] = dict(hidden_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=32, intermediate_size=128,
                                 vocab_size=VOCABULARY, rms_norm_eps=1e-6, tie_word_embeddings=False, max_position_embeddings=512, eos_token_id=2,
                                 bos_token_id=None, pad_token_id=0)
-    experts: dict[str, Any] = dict(n_routed_experts=8, moe_intermediate_size=48, n_shared_experts=1, first_k_dense_replace=1, routed_scaling_factor=2.5)
-    llama3 = dict(rope_type="llama3", rope_theta=500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
+    experts: dict[str, Any] = dict(n_routed_experts=8, moe_intermediate_size=48, n_shared_experts=1, first_k_dense_replace=1,
+                                   routed_scaling_factor=2.5)
+    llama3 = dict(rope_type="llama3", rope_theta=500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                  original_max_position_embeddings=8192)
     yarn = dict(rope_type="yarn", rope_theta=10000.0, factor=40.0, beta_fast=32, beta_slow=1, mscale=1.0, mscale_all_dim=1.0,
                 original_max_position_embeddings=64)
     latent: dict[str, Any] = dict(q_lora_rank=48, kv_lora_rank=32, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=24)
@@ -44,8 +46,8 @@ def configs() -> dict[str, Any]:
         "qwen3_moe": tf.Qwen3MoeConfig(**base, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=48, norm_topk_prob=True),
         "qwen3_moe_presoftmax": tf.Qwen3MoeConfig(**base, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=48, norm_topk_prob=False),
         "glm4_moe": tf.Glm4MoeConfig(**base, **experts, attention_bias=True, use_qk_norm=True, num_experts_per_tok=2, partial_rotary_factor=0.5),
-        "deepseek_v3": tf.DeepseekV3Config(**without | dict(num_key_value_heads=4), **experts, **latent, num_experts_per_tok=4, n_group=4, topk_group=2,
-                                           rope_parameters=yarn),
+        "deepseek_v3": tf.DeepseekV3Config(**without | dict(num_key_value_heads=4), **experts, **latent, num_experts_per_tok=4, n_group=4,
+                                           topk_group=2, rope_parameters=yarn),
         "moonlight": tf.DeepseekV3Config(**without | dict(num_key_value_heads=4), **experts, **latent | dict(q_lora_rank=None), num_experts_per_tok=2,
                                          n_group=1, topk_group=1),
     }

@@ -76,9 +76,8 @@ def frozen(model: Any, samples: list[TrainSample]) -> Rows:
 
 
 def token_weights(c: Any, masks: Rows) -> Rows:
-    tokens = sum(sum(m) for m in masks)
-    return [[1 / (tokens if c.calculate_per_token_loss else len(masks) * (c.rollout_max_response_len if c.advantage_estimator == "dr_grpo" else max(1, sum(m))))
-             for _ in m] for m in masks]
+    tokens, longest = sum(sum(m) for m in masks), c.rollout_max_response_len if c.advantage_estimator == "dr_grpo" else None
+    return [[1 / (tokens if c.calculate_per_token_loss else len(masks) * (longest or max(1, sum(m)))) for _ in m] for m in masks]
 
 
 # ---------------------------------------------------------------- advantages
