@@ -77,6 +77,7 @@ def _check(world: World) -> tuple[Prompts, RunPlan]:
             refuse_shared(world.store, world.grid.devices, world.config.start_timeout_s)
         prompts, plan = plan_run(world.config, world.attempt)
     except ValueError as e:
+        print(f"rlmono: {e}", file=world.log.err, flush=True)       # before the others know and end
         world.publish_plan(RunPlan(0, 0, 0, Source("", ""), Source("", ""), refused=str(e)))
         raise RunRefused(str(e)) from e
     world.publish_plan(plan)

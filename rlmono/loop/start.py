@@ -23,6 +23,8 @@ if TYPE_CHECKING:                       # torch must not be imported before LD_P
 log = logging.getLogger(__name__)
 REFUSED = 2
 """Exit status of a run that was refused before anything was started."""
+LET_SPEAK_S = 10.0
+"""torchrun ends all ranks with the first that exits: those that have nothing to say wait so long for the one that has."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -84,7 +86,7 @@ def _refuse(text: str, every_rank: bool = False) -> int:
     if every_rank or os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
         print(f"rlmono: {text}", file=sys.stderr, flush=True)
     else:
-        time.sleep(1)                   # torchrun ends the others with the first that exits: let rank 0 speak
+        time.sleep(LET_SPEAK_S)
     return REFUSED
 
 
@@ -113,9 +115,11 @@ def run_rank(config: Config, launch: Launch, grid: RankGrid, device: str) -> int
     is_controller = launch.rank == grid.hosts[0]
     try:
         attempt, attempt_store, run_dir, log_name = _meet(config, launch, is_controller)
-    except (RunDirInUse, TimeoutError, DistError) as e:
-        if not (is_controller if isinstance(e, RunDirInUse) else launch.rank == 0):
-            time.sleep(1)               # let the one speak that knows; if it is not there, each speaks
+    except RunDirInUse:
+        return REFUSED                  # the controller has said so
+    except (TimeoutError, DistError) as e:
+        if launch.rank != 0:
+            time.sleep(LET_SPEAK_S)     # if it is not there, each speaks
         print(f"rlmono: {e}", file=sys.stderr, flush=True)
         return REFUSED
     files = rank_log(run_dir, log_name, launch.rank)
@@ -126,12 +130,8 @@ def run_rank(config: Config, launch: Launch, grid: RankGrid, device: str) -> int
         log.info("attempt %s: rank %d is %s", attempt, launch.rank, grid.role_of(launch.rank))
         _run(world)
         status = 0
-    except RunRefused as e:
-        status = REFUSED
-        if is_controller:
-            print(f"rlmono: {e}", file=files.err, flush=True)
-        else:
-            time.sleep(1)               # let the controller speak
+    except RunRefused:
+        status = REFUSED                # the controller has said so
     except BaseException as e:
         _tell(files.err, launch.rank, e, files.path)
     finally:
@@ -148,6 +148,7 @@ def _meet(config: Config, launch: Launch, is_controller: bool) -> tuple[str, Sto
         try:
             run_dir = _claim(config)
         except RunDirInUse as e:
+            print(f"rlmono: {e}", file=sys.stderr, flush=True)      # before the others know and end
             attempt_store.set("run_dir", f"refused\n{e}")
             raise
         attempt_store.set("run_dir", f"{_next_log_name(run_dir)}\n{run_dir}")

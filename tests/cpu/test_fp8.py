@@ -335,7 +335,7 @@ def test_a_folder_is_replaced_only_when_asked_and_when_the_new_one_is_whole(mode
     assert {f.stat().st_mode & 0o777 for f in block.iterdir()} == {0o666 & block.stat().st_mode}
 
 
-def test_a_full_disk_and_a_folder_in_use_are_refused_before_anything_is_written(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_and_a_folder_in_use_are_refused_at_once(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "deep" / "out"
     partial_of(out).mkdir(parents=True)
     lock = hold(partial_of(out))
@@ -351,8 +351,8 @@ def test_a_full_disk_and_a_folder_in_use_are_refused_before_anything_is_written(
 
 def test_options_are_checked(models: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     argv = ["bf16-to-fp8", "--model-dir", str(models / "qwen3"), "--save-dir", "out"]
-    for wrong, text in ((["--block-size", "128", "0"], "must be at least 1"), (["--strategy", "row"], "invalid choice"), (["--max-workers", "x"], "invalid"),
-                        (["--block", "128", "128"], "not an option: --block")):
+    for wrong, text in ((["--block-size", "128", "0"], "must be at least 1"), (["--strategy", "row"], "invalid choice"),
+                        (["--max-workers", "x"], "invalid"), (["--block", "128", "128"], "not an option: --block")):
         with pytest.raises(SystemExit) as e:
             main([*argv, *wrong])
         assert e.value.code == 2 and text in capsys.readouterr().err

@@ -17,7 +17,8 @@ COMMON = ["--use-dynamic-batch-size", "--max-tokens-per-gpu", "16384", "--coloca
 
 def train(run: Path, *flags: str, ranks: int = 2) -> list[dict[str, float]]:
     """The metrics of a run of one device rank and its host."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "-m", "rlmono", "train", "--run-dir", str(run), *flags, *COMMON]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "-m", "rlmono", "train"]
+    command = [*launch, "--run-dir", str(run), *flags, *COMMON]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -27,7 +28,8 @@ def test_the_quickstarts_task(tmp_path: Path) -> None:
     """SFT, then GRPO with the swap, CUDA graphs and checked updates: held-out accuracy of 0.9."""
     subprocess.run([sys.executable, "-m", "rlmono.quickstart", "make", str(tmp_path / "data"), "--seed", "1"], cwd=ROOT, check=True, timeout=60)
     data = tmp_path / "data"
-    train(tmp_path / "sft", "--hf-checkpoint", f"{data}/model", "--loss-type", "sft", "--prompt-data", f"{data}/sft.jsonl", "--input-key", "messages",
+    train(tmp_path / "sft", "--hf-checkpoint", f"{data}/model", "--loss-type", "sft", "--prompt-data", f"{data}/sft.jsonl",
+          "--input-key", "messages",
           "--num-rollout", "14", "--rollout-batch-size", "800", "--num-steps-per-rollout", "50", "--lr", "4e-3", "--min-lr", "4e-4",
           "--lr-decay-style", "cosine", "--lr-warmup-iters", "20", "--save", f"{tmp_path}/checkpoints", "--save-hf", f"{tmp_path}/model")
     metrics = train(tmp_path / "grpo", "--hf-checkpoint", f"{tmp_path}/model", "--prompt-data", f"{data}/train.jsonl", "--input-key", "messages",
@@ -43,9 +45,11 @@ def test_the_quickstarts_task(tmp_path: Path) -> None:
 def test_trainer_and_engine_agree(tmp_path: Path, name: str) -> None:
     """bf16, before and after a swap and an update. transformers in bf16 differs from fp32 by 0.003 to 0.005 on such models."""
     subprocess.run([sys.executable, "tests/bench/random_model.py", name, str(tmp_path / "made")], cwd=ROOT, check=True, timeout=120)
-    metrics = train(tmp_path / "run", "--hf-checkpoint", f"{tmp_path}/made/model", "--prompt-data", f"{tmp_path}/made/prompts.jsonl",
-                    "--input-key", "messages", "--label-key", "label", "--apply-chat-template", "--custom-rm-path", "rlmono.quickstart.reward",
-                    "--num-rollout", "2", "--rollout-batch-size", "8", "--n-samples-per-prompt", "8", "--rollout-max-response-len", "64", "--lr", "1e-5",
+    made = tmp_path / "made"
+    metrics = train(tmp_path / "run", "--hf-checkpoint", f"{made}/model", "--prompt-data", f"{made}/prompts.jsonl", "--input-key", "messages",
+                    "--label-key", "label", "--apply-chat-template", "--custom-rm-path", "rlmono.quickstart.reward",
+                    "--num-rollout", "2", "--rollout-batch-size", "8", "--n-samples-per-prompt", "8",
+                    "--rollout-max-response-len", "64", "--lr", "1e-5",
                     "--sglang-mem-fraction-static", "0.4", "--sglang-cuda-graph-max-bs-decode", "64", "--check-weight-update-equal")
     differences = [m["train/train_rollout_logprob_abs_diff"] for m in metrics if "train/train_rollout_logprob_abs_diff" in m]
     assert len(differences) == 2 and max(differences) < 0.01, differences
