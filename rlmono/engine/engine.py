@@ -190,7 +190,7 @@ class _Traffic:
         rid = batch.rids[i]
         ids, log_probs = self._partial.setdefault(rid, ([], []))
         ids.extend(batch.output_ids[i])
-        log_probs.extend(batch.output_token_logprobs_val[i])
+        log_probs.extend(batch.output_token_logprobs_val[i] if batch.output_token_logprobs_val else ())     # None: all were refused
         reason = batch.finished_reasons[i]
         if reason is None:
             return None

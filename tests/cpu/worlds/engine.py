@@ -267,11 +267,13 @@ def case_unknown_requests_are_left_alone() -> None:
 
 
 def case_a_prompt_that_is_too_long_is_answered() -> None:
-    """With the reason and without tokens; the engine goes on."""
-    got = serve(on_first([request(1, [5] * 5000, 4, seed=1), request(2, PROMPTS[0], 4, seed=2)]))
-    refused, other = got[f"{1:016x}"], got[f"{2:016x}"]
-    assert refused.finish == "abort" and refused.output_ids == refused.log_probs == [] and "5000" in refused.error, refused
-    assert len(other.output_ids) == 4 and other.error == ""
+    """With the reason and without tokens, alone and among others; the engine goes on."""
+    too_long, other = request(1, [5] * 5000, 4, seed=1), request(2, PROMPTS[0], 4, seed=2)
+    for batch in ([too_long], [too_long, other]):
+        got = serve(on_first(batch))
+        refused = got[too_long.rid]
+        assert refused.finish == "abort" and refused.output_ids == refused.log_probs == [] and "5000" in refused.error, refused
+    assert len(got[other.rid].output_ids) == 4 and got[other.rid].error == ""
 
 
 def case_updates_need_an_idle_engine() -> None:
