@@ -150,10 +150,11 @@ def case_a_trainer_begins_with_it() -> None:
             exported = {name: t.clone() for bucket in trainer.export() for name, t in bucket}
             assert exported.keys() == mapped
             assert all(torch.equal(t.float(), before[name].float()) for name, t in exported.items())
-        reference = trainer.add_reference()
-        torch_dist.load_weights(reference, folder)
-        actor = dict(trainer.chunks[0].state_dict())
-        assert all(torch.equal(actor[k], t) for k, t in reference[0].state_dict().items() if isinstance(t, torch.Tensor))
+        actor = trainer.chunks[0].state_dict()
+        for load, source in ((torch_dist.load_weights, folder), (lambda chunks, source, t=trainer: t.load_hf(source, chunks), MODELS / family)):
+            reference = trainer.add_reference()
+            load(reference, source)
+            assert all(torch.equal(actor[k], t) for k, t in reference[0].state_dict().items() if isinstance(t, torch.Tensor))
 
 
 # ---------------------------------------------------------------- memory

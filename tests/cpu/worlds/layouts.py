@@ -145,10 +145,10 @@ def build(name: str, where: dict[str, Any], per_token: bool) -> Any:
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     shape = shape_from_hf(json.loads((FOLDER / name / "config.json").read_text()))
-    # A large eps: otherwise Adam makes whole steps of gradients that are only rounding.
+    # A large eps: otherwise Adam makes whole steps of gradients that are only rounding; a large lr: updates are differences of weights near 1.
     config = Config(hf_checkpoint=str(FOLDER / name), model=shape, colocate=True, loss_type="sft", use_dynamic_batch_size=True,
                     max_tokens_per_gpu=64 // where["context_parallel_size"], calculate_per_token_loss=per_token,
-                    lr=1e-2, adam_eps=1e-3, weight_decay=0.0, **where)
+                    lr=0.3, adam_eps=1e-3, weight_decay=0.0, **where)
     trainer = Trainer(config, torch.float32, 10)
     trainer.load_hf(FOLDER / name)
     return trainer
