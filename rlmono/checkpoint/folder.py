@@ -51,7 +51,7 @@ def appearing(output: Path) -> Iterator[Path]:
 
     What an earlier, killed process left is removed first; what was at `output` is replaced. Raises FolderError when another process writes it.
     """
-    output = output.absolute()
+    output = output.resolve()
     partial = partial_of(output)
     try:
         partial.mkdir(parents=True, exist_ok=True)

@@ -86,6 +86,7 @@ def _join(launch: Launch, config: Config) -> dist.Store:
     """Meet the others in Megatron's default group; the store of this attempt."""
     from rlmono.trainer import compat
     warnings.filterwarnings("ignore", module=r"megatron\.")         # what it does without Transformer Engine is no matter here
+    warnings.filterwarnings("ignore", "Please use DTensor")         # torch to Megatron
     compat.prepare()                    # before any process group
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // launch.local_world_size))
     store: dist.Store = dist.HashStore()
@@ -194,7 +195,7 @@ class ToTorchDist(Job):
         held = held_tensors(chunks)
         with Bar(f"reading {self.source} (rank 0's part)", sum(t.nbytes for t in held.values()), rank == 0) as bar:
             load_hf(self.source, held, self.tensors, Layout.current(), self.config.model["vocab_size"], bar.advance)
-        with appearing(self.output) if rank == 0 else contextlib.nullcontext(partial_of(self.output.absolute())) as partial:
+        with appearing(self.output) if rank == 0 else contextlib.nullcontext(partial_of(self.output.resolve())) as partial:
             dist.barrier()
             if not partial.is_dir():
                 raise FolderError(f"{partial}: not seen on this rank's node; --save must be on a file system that all nodes share")
@@ -227,7 +228,7 @@ class ToHf(Job):
         from rlmono.checkpoint import torch_dist
         from rlmono.trainer.layout import Layout, held_tensors
         from rlmono.weights.export import export
-        folder = self._agree_on_folder(rank)
+        folder = self.agree_on_folder(rank)
         stored = torch_dist.weights_dtype(folder)
         dtype = self.dtype or stored
         chunks = self.build(stored)
@@ -244,7 +245,7 @@ class ToHf(Job):
                 pass
         dist.barrier()
 
-    def _agree_on_folder(self, rank: int) -> Path:
+    def agree_on_folder(self, rank: int) -> Path:
         """The checkpoint to read: rank 0 looks, and checks every byte of it."""
         answer = [""]
         if rank == 0:

@@ -41,7 +41,7 @@ def index_of(folder: Path) -> dict[str, Path]:
     listed = _listed(folder)
     files = sorted({folder / f for f in listed.values()}) or sorted(folder.glob("*.safetensors"))
     if not files:
-        raise WeightsError(f"{folder}: no *.safetensors here; give --hf-checkpoint or --ref-load a folder with weights")
+        raise WeightsError(f"{folder}: no *.safetensors here: give a folder with weights")
     out: dict[str, Path] = {}
     for f in files:
         if not f.exists():

@@ -25,6 +25,7 @@ from rlmono.models.registry import family as family_of
 from rlmono.models.registry import shape_from_hf
 from rlmono.weights.hf import prediction_tensors
 
+pytestmark = pytest.mark.slow
 SCRIPT = WORLDS / "convert_two.py"
 BIG = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=4, vocab_size=32000, num_attention_heads=16, num_key_value_heads=4)
 

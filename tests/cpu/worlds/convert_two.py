@@ -253,7 +253,7 @@ def case_damaged_torch_dist() -> None:
     if dist.get_rank() == 0:            # which looks, and tells the other
         job = _job(argv)
         try:
-            job._agree_on_folder(0)
+            job.agree_on_folder(0)
             raise AssertionError("not refused")
         except CheckpointError as e:
             assert f"{file.name} has {len(data) - 1} bytes, not {len(data)}: torn" in str(e), str(e)
@@ -285,7 +285,7 @@ def case_damaged_torch_dist() -> None:
         from rlmono.trainer.layout import Layout, held_tensors
         from rlmono.weights.export import export
         other = _job(("torch-dist-to-hf", "--load", nan, *argv[3:]))
-        folder = other._agree_on_folder(1)
+        folder = other.agree_on_folder(1)
         chunks = other.build(torch.bfloat16)
         torch_dist.load_weights(chunks, folder)
         for _ in export(held_tensors(chunks), other.tensors, Layout.current(), other.config.model["vocab_size"]):
