@@ -43,7 +43,7 @@ def prepare_cpu() -> None:
         _stand_in("sgl_kernel", __getattr__=_missing_kernel)
     if importlib.util.find_spec("IPython") is None:     # sglang.utils imports it for notebooks
         display = _stand_in("IPython.display", HTML=None, display=None)
-        _stand_in("IPython", display=display)
+        _stand_in("IPython", display=display, version_info=(8, 24))     # matplotlib asks whoever has IPython for its version
     if importlib.util.find_spec("triton") is None:
         _install_triton_stub()
 
