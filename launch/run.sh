@@ -7,7 +7,8 @@
 #   MASTER_ADDR   address of node 0, as the others reach it
 #   MASTER_PORT   a free port there (default 29400)
 # launch/hostfile.sh and slurm/train.sbatch do that. NPROC_PER_NODE overrides how many ranks a node starts
-# (devices + 1 host rank; the configuration says). Exit status 2: refused, nothing was started.
+# (devices + 1 host rank; the configuration says). --help lists the options. Exit status 2:
+# refused, nothing was started.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -21,7 +22,7 @@ fi
 
 "$PYTHON" -c 'import zmq, msgspec' 2>/dev/null || die "rlmono is not installed for $PYTHON: run ./launch/install.sh first"
 for word in "$@"; do
-    [ "$word" != --dry-run ] || exec "$PYTHON" -m rlmono train "$@"
+    case $word in --dry-run | --help | -h) exec "$PYTHON" -m rlmono train "$@" ;; esac
 done
 ranks=$("$PYTHON" -m rlmono ranks "$@")       # checks the whole configuration, and says what is wrong with it
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any, Iterable
 
@@ -64,6 +65,22 @@ def page() -> str:
         parts.append(f"\n## {section.__name__}\n{about}\n\n| flag | type | default | meaning |\n| --- | --- | --- | --- |\n")
         parts += [_row(field, field.metadata["option"]) for field in dataclasses.fields(section)]
     return "".join(parts)
+
+
+def help_text(part: str = "") -> str:
+    """The options for a terminal, by section; with `part`, those whose name has it in it."""
+    part = part.strip("-").replace("-", "_")
+    lines = ["Options; docs/options.md says where values come from. `--help PART` shows only those with PART in their name."]
+    for section in SECTIONS:
+        fields = [field for field in dataclasses.fields(section) if part in field.name]
+        lines += [f"\n{section.__name__}: {' '.join((inspect.getdoc(section) or '').split())}"] if fields else []
+        for field in fields:
+            default = f" (default {_default(field.default).strip('`')})" if field.default not in (None, False) else ""
+            kind = str(kind_of(str(field.type)))
+            lines.append(f"  --{field.name.replace('_', '-')}{'' if kind == 'bool' else f' {kind}'}")
+            lines += textwrap.wrap(_meaning(field.metadata["option"]).replace("*", "").replace("`", "") + default, 110, initial_indent=" " * 6,
+                                   subsequent_indent=" " * 6)
+    return "\n".join(lines if len(lines) > 1 else [f"no option has {part!r} in its name"])
 
 
 def main(argv: list[str]) -> int:

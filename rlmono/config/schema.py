@@ -165,7 +165,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Algorithm:
-    """Losses and advantages; `docs/semantics` of each stands beside its function in rlmono/trainer."""
+    """Losses and advantages; what each one computes stands beside its function in rlmono/trainer."""
 
     loss_type: str = option(
         "policy_loss", "policy_loss trains on samples of the policy; sft on the data's own answers.", choices=("policy_loss", "sft"))

@@ -31,6 +31,11 @@ _PR_SET_PDEATHSIG = 1
 def train(argv: Sequence[str]) -> int:
     """The verb `train`. With --dry-run it needs no torchrun, and starts nothing."""
     from rlmono.config import show
+    for i, word in enumerate(argv):
+        if word in ("-h", "--help"):
+            from rlmono.config.docs import help_text
+            print(help_text(*argv[i + 1:i + 2]))
+            return 0
     launch: Optional[Launch] = None
     try:
         config = _resolve(argv)

@@ -430,3 +430,13 @@ def test_the_room_imports_neither_torch_nor_what_it_reads() -> None:
             "print([m for m in ('torch', 'sglang', 'megatron', 'transformers') if m in sys.modules])")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_help_lists_options_and_finds_them_by_a_part_of_the_name(capsys: pytest.CaptureFixture[str]) -> None:
+    from rlmono.loop.start import train
+    assert train(["--help"]) == 0
+    everything = capsys.readouterr().out
+    assert all(f"--{field.name.replace('_', '-')}" in everything for section in SECTIONS for field in dataclasses.fields(section))
+    assert train(["--colocate", "--help", "--overlong-buffer"]) == 0
+    found = capsys.readouterr().out
+    assert "--overlong-buffer-len int" in found and "--lr " not in found
