@@ -48,6 +48,16 @@ def prepare_cpu() -> None:
         _install_triton_stub()
 
 
+def refresh_copies(model: torch.nn.Module) -> None:
+    """Bring what SGLang keeps as a second copy of a parameter up to date, in place, as CUDA graphs have its address.
+
+    GLM-4.5's router is in fp32 for good from its first forward on, which is a CUDA graph's capture with random weights.
+    """
+    for module in model.modules():
+        if getattr(module, "_weight_fp32", None) is not None:
+            module._weight_fp32.copy_(module.weight.data)
+
+
 _library: Any = None
 
 

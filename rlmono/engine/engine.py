@@ -84,6 +84,7 @@ class Engine:
         self.drain()
         if not self.scheduler.flush_cache(empty_cache=False):
             raise RuntimeError("the engine still has requests after an update: its cache holds prefixes of the old weights")
+        compat.refresh_copies(self.scheduler.tp_worker.model_runner.model)
         self.weight_version = version
 
     @torch.inference_mode()
