@@ -79,7 +79,14 @@ class Checkpoint:
 class Data:
     """Prompts."""
 
-    prompt_data: Optional[str] = option(None, "Prompt file: jsonl, one JSON object a line; `path@[a:b]` takes a slice.")
+    prompt_data: Optional[tuple[str, ...]] = option(
+        None, "Prompts: jsonl (one JSON object a line), parquet, or a folder of a Hugging Face dataset; `path@[a:b]` takes a slice of the rows. "
+        "Several are mixed.")
+    prompt_data_weights: Optional[tuple[float, ...]] = option(
+        None, "The share of each of several --prompt-data in what is given out. Default: its share of the rows.")
+    lazy_data_above_mb: int = option(
+        256, "A prompt file of more than so many MB is read as it is needed: rows are checked when their turn comes, and shuffled by blocks.",
+        minimum=0)
     input_key: str = option("input", "Key of the prompt: a string, or a list of OpenAI messages.")
     label_key: Optional[str] = option(None, "Key of the label, for the reward.")
     metadata_key: str = option("metadata", "Key of a sample's metadata (a JSON object).")
@@ -87,8 +94,8 @@ class Data:
     apply_chat_template: bool = option(False, "Render prompts with the tokenizer's chat template.")
     rollout_shuffle: bool = option(False, "Shuffle prompts each epoch, by rollout_seed + epoch.")
     rollout_seed: int = option(42, "Seed of prompt order and of sampling.")
-    rollout_max_prompt_len: Optional[int] = option(None, "Prompts with more tokens are dropped at load (counted).", minimum=1)
-    skip_bad_rows: bool = option(False, "Count and list bad lines of the prompt file instead of refusing it.")
+    rollout_max_prompt_len: Optional[int] = option(None, "Prompts with more tokens are left out (counted).", minimum=1)
+    skip_bad_rows: bool = option(False, "Leave bad rows of the prompt data out, counted and listed, instead of refusing it.")
 
 
 @dataclass(frozen=True)

@@ -285,9 +285,10 @@ def _data(config: Config) -> Iterator[str]:
     if config.prompt_data is None and not config.debug_train_only:
         yield "--prompt-data is required"
     sets = config.eval_prompt_data or ()
-    for name, path in (("prompt_data", config.prompt_data), *(("eval_prompt_data", p) for p in sets[1::2])):
-        if path is not None and not _file(path).is_file():
+    for name, path in (*(("prompt_data", p) for p in config.prompt_data or ()), *(("eval_prompt_data", p) for p in sets[1::2])):
+        if not _file(path).exists():
             yield f"{name} {path}: there is no such file"
+    yield from _weights(config)
     if config.eval_interval is not None and not sets and config.eval_config is None:
         yield f"eval_interval {config.eval_interval} needs --eval-prompt-data"
     if config.loss_type == "sft":
@@ -298,9 +299,19 @@ def _data(config: Config) -> Iterator[str]:
         yield "no reward: give --rm-type or --custom-rm-path, or a rm_type in each prompt's metadata"
 
 
+def _weights(config: Config) -> Iterator[str]:
+    if (weights := config.prompt_data_weights) is None:
+        return
+    files = len(config.prompt_data or ())
+    if len(weights) != files:
+        yield f"prompt_data_weights {_shown(weights)} has {len(weights)} value(s) for {files} --prompt-data: give one for each"
+    elif min(weights) <= 0:
+        yield f"prompt_data_weights {_shown(weights)}: each must be above 0; leave out a file that is not to be used"
+
+
 def _rows_name_reward(config: Config) -> bool:
     """Whether the first prompt's metadata names its reward. A file that cannot be read is another check's problem."""
-    path = _file(config.prompt_data) if config.prompt_data else None
+    path = _file(config.prompt_data[0]) if config.prompt_data else None
     if path is None or path.suffix != ".jsonl" or not path.is_file():
         return True
     with path.open(encoding="utf-8", errors="replace") as file:

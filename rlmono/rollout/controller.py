@@ -133,7 +133,7 @@ class Controller:
         return {k: max(d[k] for d in done.values()) for k in next(iter(done.values()))}
 
     def _log(self, rollout_id: int, groups: list[Group], values: dict[str, float], seconds: float) -> None:
-        values = values | self._spent | {"perf/step_time": seconds}
+        values = values | self._spent | self.prompts.left_out() | {"perf/step_time": seconds}
         if self.config.loss_type != "sft":
             values |= rollout_statistics(groups, self.config)
             generated = sum(s.response_length for g in groups for s in g)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any, Iterator, Optional
 
 from rlmono.config.schema import Config
 from rlmono.data.cursor import DataCursor
-from rlmono.data.prompts import DataError, Prompt, PromptSource
+from rlmono.data.mixture import MixedCursor, Mixture
+from rlmono.data.prompts import Source, open_source
+from rlmono.data.rows import DataError, Prompt, Rules
 from rlmono.data.sample import COMPLETED, Group, Sample
 from rlmono.data.tokenizer import Tokenizer
 
@@ -20,22 +23,24 @@ class Prompts:
 
     def __init__(self, config: Config, tokenizer: Tokenizer):
         self.config, self.tokenizer = config, tokenizer
-        assert config.prompt_data is not None
-        self.source = self._source(config.prompt_data, config.input_key, config.label_key, limited=True)
-        self.cursor = DataCursor(self.source, seed=config.rollout_seed, shuffle=config.rollout_shuffle,
-                                 samples_per_prompt=config.n_samples_per_prompt)
+        sources = [self._source(path, config.input_key, config.label_key, limited=True) for path in config.prompt_data or ()]
+        order: dict[str, Any] = dict(seed=config.rollout_seed, shuffle=config.rollout_shuffle, samples_per_prompt=config.n_samples_per_prompt)
+        self.source: Source | Mixture = sources[0] if len(sources) == 1 else Mixture(sources, config.prompt_data_weights)
+        self.cursor = MixedCursor(self.source, **order) if isinstance(self.source, Mixture) else DataCursor(self.source, **order)
         names = config.eval_prompt_data or ()
         input_key, label_key = config.eval_input_key or config.input_key, config.eval_label_key or config.label_key
         self.eval_sources = {name: self._source(path, input_key, label_key, limited=False)
                              for name, path in zip(names[::2], names[1::2], strict=True)}
 
-    def _source(self, path: str, input_key: str, label_key: Optional[str], limited: bool) -> PromptSource:
+    def _source(self, path: str, input_key: str, label_key: Optional[str], limited: bool) -> Source:
         c = self.config
         sft = c.loss_type == "sft"
         limit = c.rollout_max_prompt_len if limited else None
-        return PromptSource(path, input_key=input_key, label_key=label_key, metadata_key=c.metadata_key, tool_key=c.tool_key,
-                            label_required=not sft and c.custom_rm_path is None and c.rm_type in LABELLED, skip_bad_rows=c.skip_bad_rows,
-                            length_limit=limit, length_of=self._length if limit is not None else None)
+        rules = Rules(input_key=input_key, label_key=label_key, metadata_key=c.metadata_key, tool_key=c.tool_key,
+                      label_required=not sft and c.custom_rm_path is None and c.rm_type in LABELLED, skip_bad_rows=c.skip_bad_rows,
+                      length_limit=limit, length_of=self._length)
+        # An evaluation goes through all rows, and in order: they are checked at start whatever the size.
+        return open_source(path, rules, c.lazy_data_above_mb * 10**6) if limited else open_source(path, rules, sys.maxsize)
 
     def _length(self, prompt: Prompt) -> int:
         return len(self._prompt_tokens(prompt))
@@ -79,21 +84,20 @@ class Prompts:
         for name, source in self.eval_sources.items():
             yield name, [self._group(source, row, row, row * n, n) for row in range(len(source))]
 
-    def _group(self, source: PromptSource, row: int, group: int, sample: int, n: int) -> Group:
+    def _group(self, source: Source | Mixture, row: Any, group: int, sample: int, n: int) -> Group:
         prompt = source.row(row)
-        where = f"{source.path}:{prompt.line}"
         try:
             if self.config.loss_type == "sft":
                 return [self._conversation(prompt, group, sample)]
             tokens = self._prompt_tokens(prompt)
         except ValueError as e:
-            raise DataError(f"{where}: {e}") from e
+            raise DataError(f"{prompt.where}: {e}") from e
         longest = self.config.rollout_max_context_len or self.config.model["max_position_embeddings"]
         if len(tokens) >= longest:
-            raise DataError(f"{where}: the prompt has {len(tokens)} tokens, and the context ends at {longest}; "
+            raise DataError(f"{prompt.where}: the prompt has {len(tokens)} tokens, and the context ends at {longest}; "
                             "drop such prompts with --rollout-max-prompt-len")
         return [Sample(index=sample + i, group_index=group, prompt=prompt.prompt, tokens=list(tokens), label=prompt.label,
-                       metadata={**prompt.metadata, "source": where}, tools=prompt.tools) for i in range(n)]
+                       metadata={**prompt.metadata, "source": prompt.where}, tools=prompt.tools) for i in range(n)]
 
     def _conversation(self, prompt: Prompt, group: int, sample: int) -> Sample:
         """A row of SFT data: what comes from the first learned token on is the response."""
@@ -106,6 +110,10 @@ class Prompts:
         first = mask.index(1)
         return Sample(index=sample, group_index=group, prompt=prompt.prompt, tokens=ids, response_length=len(ids) - first,
                       response=self.tokenizer.decode(ids[first:]), loss_mask=mask[first:], status=COMPLETED)
+
+    def left_out(self) -> dict[str, float]:
+        """data/*: rows that were left out when their turn came, since the run began."""
+        return {f"data/{reason}": float(n) for reason, n in self.cursor.left_out.items()}
 
     # ------------------------------------------------------------ checkpoint
 

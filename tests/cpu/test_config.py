@@ -270,6 +270,8 @@ def test_wrong_env_file(small: Callable[..., Config], tmp_path: Path) -> None:
     ("--num-layers 28", "flag --num-layers: num_layers is 28, but"),
     ("--eval-interval 5", "eval_interval 5 needs --eval-prompt-data"),
     ("--eval-prompt-data a /nowhere.jsonl", "eval_prompt_data /nowhere.jsonl: there is no such file"),
+    ("--prompt-data-weights 1 2", "prompt_data_weights 1.0 2.0 has 2 value(s) for 1 --prompt-data: give one for each"),
+    ("--prompt-data-weights 0", "prompt_data_weights 0.0: each must be above 0"),
     ("--prompt-data /nowhere.jsonl@[0:5]", "prompt_data /nowhere.jsonl@[0:5]: there is no such file"),
     ("--ref-load /nowhere", "ref_load /nowhere does not exist"),
     ("--hf-checkpoint /nowhere", "flag --hf-checkpoint: /nowhere is not a folder; download the model first"),

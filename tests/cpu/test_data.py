@@ -15,7 +15,8 @@ import pytest
 
 from rlmono import quickstart
 from rlmono.data.cursor import DataCursor
-from rlmono.data.prompts import DataError, Prompt, PromptSource, split_slice
+from rlmono.data.prompts import PromptSource, open_source, split_slice
+from rlmono.data.rows import DataError, Prompt, Rules
 from rlmono.data.tokenizer import Tokenizer, TokenizerError
 
 # ---------------------------------------------------------------- prompt files
@@ -26,15 +27,21 @@ def write(path: Path, *lines: str | dict[str, Any], end: str = "\n") -> str:
     return str(path)
 
 
+def open_whole(path: str, **rules: Any) -> PromptSource:
+    source = open_source(path, Rules(**rules))
+    assert isinstance(source, PromptSource)
+    return source
+
+
 def test_rows(tmp_path: Path) -> None:
     messages = [{"role": "system", "content": "brief"}, {"role": "user", "content": "straße?"}]
     tools = [{"type": "function", "function": {"name": "f"}}]
     path = write(tmp_path / "a.jsonl", {"input": "one", "label": 1, "metadata": {"k": 2}},
                  {"input": messages, "label": "x", "tools": json.dumps(tools)})
-    source = PromptSource(path, label_key="label", tool_key="tools")
+    source = open_whole(path, label_key="label", tool_key="tools")
     assert len(source) == 2
-    assert source.row(0) == Prompt("one", 1, {"k": 2}, None, 1)
-    assert source.row(1) == Prompt(messages, "x", {}, tools, 2)
+    assert source.row(0) == Prompt("one", 1, {"k": 2}, None, f"{path}:1")
+    assert source.row(1) == Prompt(messages, "x", {}, tools, f"{path}:2")
     with pytest.raises(IndexError):
         source.row(2)
 
@@ -43,24 +50,25 @@ def test_lines_are_found_whatever_ends_them(tmp_path: Path) -> None:
     """A byte-order mark, CRLF, blank lines, and no newline at the end; numbers are those of the file."""
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"input": "a"}\r\n\r\n  \n{"input": "b"}\n\n{"input": "c"}')
-    source = PromptSource(str(path))
-    assert [(source.row(i).prompt, source.row(i).line) for i in range(len(source))] == [("a", 1), ("b", 4), ("c", 6)]
+    source = open_whole(str(path))
+    found = [(source.row(i).prompt, source.row(i).where) for i in range(len(source))]
+    assert found == [("a", f"{path}:1"), ("b", f"{path}:4"), ("c", f"{path}:6")]
 
 
 @pytest.mark.parametrize("text, rows", [("", range(10)), ("@[2:5]", range(2, 5)), ("@[:3]", range(3)), ("@[-2:]", range(8, 10)),
                                         ("@[7:99]", range(7, 10))])
 def test_slices(tmp_path: Path, text: str, rows: range) -> None:
     path = write(tmp_path / "a.jsonl", *({"input": str(i)} for i in range(10)))
-    source = PromptSource(path + text)
+    source = open_whole(path + text)
     assert [source.row(i).prompt for i in range(len(source))] == [str(i) for i in rows]
 
 
 def test_a_slice_outside_and_one_misspelt(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", {"input": "x"})
     with pytest.raises(DataError, match="selects none of the 1 rows"):
-        PromptSource(path + "@[3:5]")
+        open_whole(path + "@[3:5]")
     with pytest.raises(DataError, match=r"does not exist; a slice is written path@\[start:end\]"):
-        PromptSource(path + "@[3-5]")
+        open_whole(path + "@[3-5]")
     assert split_slice("/a@b/c.jsonl@[:-1]") == ("/a@b/c.jsonl", slice(None, -1))
 
 
@@ -88,10 +96,10 @@ def test_a_bad_line_is_named_or_skipped(tmp_path: Path, line: str, problem: str,
     path = write(tmp_path / "a.jsonl", {"input": "good", "label": "1"}, line, {"input": "also", "label": "2"})
     options: dict[str, Any] = {"label_key": "label", "tool_key": "tools", "label_required": True}
     with pytest.raises(DataError) as error:
-        PromptSource(path, **options)
+        open_whole(path, **options)
     assert f"{path}:2: " in str(error.value) and problem in str(error.value) and "--skip-bad-rows" in str(error.value)
     with caplog.at_level(logging.WARNING):
-        source = PromptSource(path, skip_bad_rows=True, **options)
+        source = open_whole(path, skip_bad_rows=True, **options)
     assert [source.row(i).prompt for i in range(len(source))] == ["good", "also"]
     assert len(source.bad_rows) == 1
     assert caplog.text.count("1 of 3 rows are bad") == 1 and f"{path}:2: " in caplog.text
@@ -101,27 +109,27 @@ def test_bytes_that_are_no_text(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"input": "\xff"}\n')
     with pytest.raises(DataError, match="a.jsonl:1: not a line of JSON"):
-        PromptSource(str(path))
+        open_whole(str(path))
 
 
 def test_at_most_ten_bad_rows_are_listed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write(tmp_path / "a.jsonl", {"input": "x"}, *["{" for _ in range(25)])
     with caplog.at_level(logging.WARNING):
-        source = PromptSource(path, skip_bad_rows=True)
-    assert len(source.bad_rows) == 25 and caplog.text.count(": not a line of JSON") == 10 and "and 15 more" in caplog.text
+        source = open_whole(path, skip_bad_rows=True)
+    assert source.bad == 25 and caplog.text.count(": not a line of JSON") == 10 and "and 15 more" in caplog.text
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:
-    for path, problem in ((tmp_path / "no.jsonl", "does not exist"), (tmp_path, "is not a file"), (tmp_path / "a.parquet", "parquet")):
+    for path, problem in ((tmp_path / "no.jsonl", "does not exist"), (tmp_path, "in this one is nothing"), (tmp_path / "a.parquet", "not exist")):
         with pytest.raises(DataError, match=problem):
-            PromptSource(str(path))
+            open_whole(str(path))
     for content in ("", "\n \n"):
         with pytest.raises(DataError, match="is empty"):
-            PromptSource(write(tmp_path / "empty.jsonl", content))
+            open_whole(write(tmp_path / "empty.jsonl", content))
     with pytest.raises(DataError, match="none of 1 rows is left: 1 are bad"):
-        PromptSource(write(tmp_path / "bad.jsonl", "{"), skip_bad_rows=True)
+        open_whole(write(tmp_path / "bad.jsonl", "{"), skip_bad_rows=True)
     with pytest.raises(DataError, match="--label-key"):
-        PromptSource(write(tmp_path / "a.jsonl", {"input": "x"}), label_required=True)
+        open_whole(write(tmp_path / "a.jsonl", {"input": "x"}), label_required=True)
 
 
 def test_long_prompts_are_dropped_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -131,11 +139,11 @@ def test_long_prompts_are_dropped_and_counted(tmp_path: Path, caplog: pytest.Log
         return len(prompt.prompt)
 
     with caplog.at_level(logging.WARNING):
-        source = PromptSource(path, length_limit=4, length_of=length)
-    assert [source.row(i).line for i in range(len(source))] == [1, 3]
+        source = open_whole(path, length_limit=4, length_of=length)
+    assert [source.row(i).where for i in range(len(source))] == [f"{path}:1", f"{path}:3"]
     assert source.too_long == 2 and "2 of 4 prompts have more than 4 tokens" in caplog.text
     with pytest.raises(DataError, match=r"none of 4 rows is left.*--rollout-max-prompt-len \(2\)"):
-        PromptSource(path, length_limit=2, length_of=length)
+        open_whole(path, length_limit=2, length_of=length)
 
 
 def test_a_prompt_that_cannot_be_measured_is_a_bad_line(tmp_path: Path) -> None:
@@ -143,12 +151,12 @@ def test_a_prompt_that_cannot_be_measured_is_a_bad_line(tmp_path: Path) -> None:
         raise TokenizerError("the template refuses it")
 
     with pytest.raises(DataError, match="a.jsonl:1: the template refuses it"):
-        PromptSource(write(tmp_path / "a.jsonl", {"input": "x"}), length_limit=4, length_of=length)
+        open_whole(write(tmp_path / "a.jsonl", {"input": "x"}), length_limit=4, length_of=length)
 
 
 def test_a_file_that_changes_under_the_run(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", {"input": "one"}, {"input": "two"})
-    source = PromptSource(path)
+    source = open_whole(path)
     write(Path(path), "x" * 40)
     with pytest.raises(DataError, match="a.jsonl:2: "):
         source.row(1)
@@ -161,7 +169,7 @@ def test_a_file_that_changes_under_the_run(tmp_path: Path) -> None:
 def make_cursor(tmp_path: Path) -> Callable[..., DataCursor]:
     def make(rows: int = 7, spec: str = "", *, seed: int = 5, shuffle: bool = True, limit: int | None = None) -> DataCursor:
         path = write(tmp_path / "p.jsonl", *({"input": str(i)} for i in range(rows)))
-        source = PromptSource(path + spec, length_limit=limit, length_of=lambda prompt: int(str(prompt.prompt)))
+        source = open_whole(path + spec, length_limit=limit, length_of=lambda prompt: int(str(prompt.prompt)))
         return DataCursor(source, seed=seed, shuffle=shuffle, samples_per_prompt=4)
     return make
 
@@ -197,7 +205,7 @@ def test_the_state_of_other_data_is_refused(make_cursor: Callable[..., DataCurso
             other.restore(state)
     same = write(tmp_path / "p.jsonl", *({"input": str(i + (i == 3))} for i in range(7)))
     with pytest.raises(DataError, match="other prompt data"):
-        DataCursor(PromptSource(same), seed=5, shuffle=True).restore(state)
+        DataCursor(open_whole(same), seed=5, shuffle=True).restore(state)
 
 
 def test_another_order_is_refused(make_cursor: Callable[..., DataCursor]) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from rlmono import quickstart
-from rlmono.data.prompts import PromptSource
+from rlmono.data.prompts import open_source
+from rlmono.data.rows import Rules
 from rlmono.data.sample import Sample
 from rlmono.data.tokenizer import Tokenizer
 from rlmono.rewards.load import load_function
@@ -128,9 +129,9 @@ def test_prompts_and_demonstrations_as_tokens(folder: Path) -> None:
         assert len(tokenizer.render(token)) == 1
     assert tokenizer.decode(range(81)) == "".join(quickstart.VOCABULARY)
     assert tokenizer.render("".join(quickstart.VOCABULARY)) == list(range(81))
-    evaluation = PromptSource(str(folder / "eval.jsonl"), input_key="messages", label_key="label", label_required=True)
+    evaluation = open_source(str(folder / "eval.jsonl"), Rules("messages", "label", label_required=True))
     assert {len(tokenizer.render(evaluation.row(i).prompt, None, True)) for i in range(len(evaluation))} == {8}
-    sft = PromptSource(str(folder / "sft.jsonl"), input_key="messages")
+    sft = open_source(str(folder / "sft.jsonl"), Rules("messages"))
     trained = 0
     for i in range(0, len(sft), 40):
         messages = sft.row(i).prompt
