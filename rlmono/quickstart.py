@@ -21,7 +21,8 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,19 +38,42 @@ FORMAT = 2
 """Of what `make` writes; another one is not taken for made already."""
 
 PAD, USER, END, ASSISTANT, BOXED = "<pad>", "<|user|>", "<|end|>", "<|assistant|>", "\\boxed{"
-VOCABULARY = [PAD, USER, END, ASSISTANT, BOXED, *"0123456789", *" +-*/=(){}.,?\n",
-              *"abcdefghijklmnopqrstuvwxyz", *"ABCDEFGHIJKLMNOPQRSTUVWXYZ"]
+CHARACTERS = [*"0123456789", *" +-*/=(){}.,?\n", *"abcdefghijklmnopqrstuvwxyz", *"ABCDEFGHIJKLMNOPQRSTUVWXYZ"]
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
-    "{% if message['role'] not in ['user', 'assistant'] %}"
-    "{{ raise_exception('the roles of this template are user and assistant, not ' + message['role']) }}"
+    "{% if message['role'] not in ['ROLES'] %}"
+    "{{ raise_exception('the roles of this template are ALL_ROLES, not ' + message['role']) }}"
     "{% endif %}"
     "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
+
+@dataclass(frozen=True)
+class Language:
+    """A tokenizer of characters in which the template's marks, and these words, are one token each."""
+
+    roles: tuple[str, ...] = ("user", "assistant")
+    words: tuple[str, ...] = (BOXED,)
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        return PAD, USER, END, ASSISTANT, *(f"<|{role}|>" for role in self.roles[2:])
+
+    @property
+    def vocabulary(self) -> list[str]:
+        return [*self.marks, *self.words, *CHARACTERS]
+
+    @property
+    def template(self) -> str:
+        others = ", ".join(self.roles[:-1])
+        return CHAT_TEMPLATE.replace("ALL_ROLES", f"{others} and {self.roles[-1]}").replace("ROLES", "', '".join(self.roles))
+
+
+ADDITION = Language()
+VOCABULARY = ADDITION.vocabulary
 MODEL: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "torch_dtype": "float32",
     "vocab_size": len(VOCABULARY), "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 1,
@@ -75,12 +99,12 @@ def reward(args: Any, sample: Sample, **kwargs: Any) -> float:
     return float(bool(answers) and answers[-1] == str(sample.label) and sample.response.endswith(END))
 
 
-def make(folder: Path, seed: int = 0) -> bool:
-    """Writes model and data to `folder`, all or nothing; the same bytes for the same seed.
+def make(folder: Path, seed: int = 0, write: Callable[[Path, int], None] | None = None, **about: Any) -> bool:
+    """Writes model and data to `folder`, all or nothing; the same bytes for the same seed. `write` makes those of another task, which `about` names.
 
     False when they are there already. ValueError when something else is.
     """
-    made = {"format": FORMAT, "seed": seed}
+    made = {"format": FORMAT, "seed": seed, **about}
     note = folder / "made.json"
     if note.is_file() and json.loads(note.read_text()) == made:
         return False
@@ -91,13 +115,17 @@ def make(folder: Path, seed: int = 0) -> bool:
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         os.chmod(work, 0o755)
-        write_model(work / "model", seed)
-        write_data(work, seed)
+        (write or _write)(work, seed)
         (work / "made.json").write_text(json.dumps(made) + "\n")
         os.replace(work, folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)     # what a failure left; nothing after the rename
     return True
+
+
+def _write(folder: Path, seed: int) -> None:
+    write_model(folder / "model", seed)
+    write_data(folder, seed)
 
 
 def write_data(folder: Path, seed: int) -> None:
@@ -107,10 +135,10 @@ def write_data(folder: Path, seed: int) -> None:
     rng = np.random.default_rng([seed, 1])
     train, held_out = split_problems(rng)
     labels = [a + b for a, b in train]
-    _write_rows(folder / "sft.jsonl", sft_rows(train, rng))
-    _write_rows(folder / "train.jsonl", map(_question, train, labels))
-    _write_rows(folder / "eval.jsonl", (_question(problem, sum(problem)) for problem in held_out))
-    _write_rows(folder / "shuffled.jsonl", map(_question, train, wrong_labels(labels, rng)))
+    write_rows(folder / "sft.jsonl", sft_rows(train, rng))
+    write_rows(folder / "train.jsonl", map(_question, train, labels))
+    write_rows(folder / "eval.jsonl", (_question(problem, sum(problem)) for problem in held_out))
+    write_rows(folder / "shuffled.jsonl", map(_question, train, wrong_labels(labels, rng)))
 
 
 def split_problems(rng: np.random.Generator) -> tuple[list[Problem], list[Problem]]:
@@ -158,7 +186,7 @@ def wrong_labels(labels: Sequence[int], rng: np.random.Generator) -> list[int]:
     return wrong
 
 
-def write_model(folder: Path, seed: int) -> None:
+def write_model(folder: Path, seed: int, language: Language = ADDITION) -> None:
     """An HF folder: a Qwen3 with fresh weights, normal with `initializer_range`, and its tokenizer."""
     import numpy as np
     from safetensors.numpy import save_file
@@ -166,18 +194,19 @@ def write_model(folder: Path, seed: int) -> None:
     folder.mkdir(parents=True)
     rng = np.random.default_rng([seed, 0])
     weights = {name: np.ones(shape, np.float32) if len(shape) == 1
-               else rng.normal(0.0, MODEL["initializer_range"], shape).astype(np.float32) for name, shape in weight_shapes().items()}
+               else rng.normal(0.0, MODEL["initializer_range"], shape).astype(np.float32)
+               for name, shape in weight_shapes(len(language.vocabulary)).items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     os.chmod(folder / "model.safetensors", 0o644)       # safetensors makes it private
-    _write_json(folder / "config.json", MODEL)
+    _write_json(folder / "config.json", {**MODEL, "vocab_size": len(language.vocabulary)})
     _write_json(folder / "generation_config.json",
                 {"do_sample": True, "temperature": 1.0, "eos_token_id": MODEL["eos_token_id"], "pad_token_id": MODEL["pad_token_id"]})
-    write_tokenizer(folder)
+    write_tokenizer(folder, language)
 
 
-def weight_shapes() -> dict[str, tuple[int, ...]]:
+def weight_shapes(vocabulary: int = len(VOCABULARY)) -> dict[str, tuple[int, ...]]:
     """HF names and shapes (out, in) of the model's weights; norms have one dimension."""
-    h, f, v, d = MODEL["hidden_size"], MODEL["intermediate_size"], MODEL["vocab_size"], MODEL["head_dim"]
+    h, f, v, d = MODEL["hidden_size"], MODEL["intermediate_size"], vocabulary, MODEL["head_dim"]
     q, kv = MODEL["num_attention_heads"] * d, MODEL["num_key_value_heads"] * d
     layer: dict[str, tuple[int, ...]] = {
         "input_layernorm": (h,), "self_attn.q_proj": (q, h), "self_attn.k_proj": (kv, h), "self_attn.v_proj": (kv, h),
@@ -188,21 +217,21 @@ def weight_shapes() -> dict[str, tuple[int, ...]]:
     return {"model.embed_tokens.weight": (v, h), **layers, "model.norm.weight": (h,), "lm_head.weight": (v, h)}
 
 
-def write_tokenizer(folder: Path) -> None:
-    r"""A character tokenizer, in the files that AutoTokenizer loads; the template's marks and `\boxed{` are one token each."""
+def write_tokenizer(folder: Path, language: Language = ADDITION) -> None:
+    """The language's tokenizer, in the files that AutoTokenizer loads."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers  # type: ignore[import-untyped]
 
     # An unknown token that is not in the vocabulary: a character outside of it is an error, not a guess.
-    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(VOCABULARY)}, unk_token="<unknown character>"))
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(language.vocabulary)}, unk_token="<unknown character>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in (PAD, USER, END, ASSISTANT)])
-    tokenizer.add_tokens([AddedToken(BOXED, normalized=False, special=False)])
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in language.marks])
+    tokenizer.add_tokens([AddedToken(word, normalized=False, special=False) for word in language.words])
     tokenizer.save(str(folder / "tokenizer.json"))
     _write_json(folder / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "pad_token": PAD, "clean_up_tokenization_spaces": False,
-        "additional_special_tokens": [USER, ASSISTANT], "model_max_length": MODEL["max_position_embeddings"],
-        "chat_template": CHAT_TEMPLATE})
+        "additional_special_tokens": [USER, *language.marks[3:]], "model_max_length": MODEL["max_position_embeddings"],
+        "chat_template": language.template})
 
 
 def _user(problem: Problem) -> dict[str, str]:
@@ -217,7 +246,7 @@ def _shuffled(items: Sequence[Any], rng: np.random.Generator) -> list[Any]:
     return [items[i] for i in rng.permutation(len(items)).tolist()]
 
 
-def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     with path.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 

@@ -117,7 +117,12 @@ class Rollout:
         None, "Token ids that end a response, besides the model's end-of-sequence ids.")
     rollout_skip_special_tokens: bool = option(False, "Leave special tokens out of the text that rewards see.")
     sglang_server_concurrency: int = option(512, "Requests in flight at one engine at most.", minimum=1)
-    custom_generate_function_path: Optional[str] = option(None, "`module.function`: async (args, sample, sampling_params) -> sample.")
+    custom_generate_function_path: Optional[str] = option(
+        None, "`module.function` or `file.py:function`: async (args, sample, sampling_params, state) -> sample, or several.")
+    generate_timeout_s: float = option(3600.0, "Deadline of one call of the generate function; a slower one counts as failed.", minimum=0.01)
+    rollout_max_failed_share: float = option(
+        0.1, "Samples that may fail in the generate function, as a share of a rollout or an evaluation; with more the run ends.",
+        minimum=0.0, maximum=1.0)
     over_sampling_batch_size: Optional[int] = option(
         None, "Prompts to submit at once for dynamic sampling.", minimum=1, later="dynamic sampling")
     dynamic_sampling_filter_path: Optional[str] = option(

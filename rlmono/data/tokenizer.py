@@ -9,6 +9,7 @@ from typing import Any
 
 Messages = list[dict[str, Any]]
 Tools = list[dict[str, Any]] | None
+_ANSWER = "AnswerOfTheAssistant"
 
 
 class TokenizerError(ValueError):
@@ -38,6 +39,20 @@ class Tokenizer:
         if not isinstance(prompt, str):
             raise TokenizerError("a prompt of messages needs the chat template: set --apply-chat-template")
         return self._encode(prompt)
+
+    def continuation(self, tokens: Sequence[int], before: Messages, new: Messages, tools: Tools = None) -> list[int]:
+        """What goes on after `tokens`, the prompt of `before` and the assistant's answer to it, when `new` messages follow: the end of the
+        answer's turn (unless it is there), the messages, and all that comes before the next answer.
+
+        The answer's own text plays no part in it: it is rendered with another in its place, and read from there on.
+        TokenizerError when the template leaves answers out.
+        """
+        text = self._template([*before, {"role": "assistant", "content": _ANSWER}, *new], tools, add_generation_prompt=True)
+        _, found, rest = text.rpartition(_ANSWER)
+        if not found:
+            raise TokenizerError(f"the chat template of {self.folder} leaves an assistant's answer out when {new[0]['role']!r} follows it")
+        ids = self._encode(rest)
+        return ids[1:] if ids and tokens and ids[0] == tokens[-1] else ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         return self.hf.decode(list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)

@@ -47,7 +47,7 @@ class Engine:
         compat.override(self._traffic.make_channels, self._traffic.pull)
         self.args = server_args(config, device=device, dtype=dtype, memory_saver=memory_saver)
         make_groups(engines, self.args, local_rank, "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
-        self.scheduler = self._build_scheduler(local_rank)
+        self.scheduler = self._build_scheduler(local_rank, stops=bool(config.rollout_stop or config.custom_generate_function_path))
         if config.deterministic and device == "cpu":
             # On CPU its constructor refuses torch_native, and its batch-invariant kernels are for GPUs; torch's CPU
             # kernels don't let a row depend on the batch, so all that is missing is that seeds are heeded.
@@ -57,7 +57,8 @@ class Engine:
         self.rng = EngineRng(config.rollout_seed + 7919 * self.ranks[0])
         self._batch_invariant = config.deterministic and device == "cpu"
 
-    def _build_scheduler(self, local_rank: int) -> Any:
+    def _build_scheduler(self, local_rank: int, stops: bool) -> Any:
+        """`stops`: requests may have strings that end them, which SGLang looks for in the text."""
         from sglang.srt.managers.scheduler import Scheduler
         from sglang.srt.server_args import PortArgs
 
@@ -66,6 +67,9 @@ class Engine:
                               attn_cp_rank=0, moe_dp_rank=0, dp_rank=None)
         sleep = scheduler.maybe_sleep_on_idle       # up to a second for the next message, also after the one that ends the phase
         scheduler.maybe_sleep_on_idle = lambda: None if scheduler.gracefully_exit else sleep()
+        if stops:
+            from sglang.srt.utils.hf_transformers_utils import get_tokenizer
+            scheduler.tokenizer = get_tokenizer(self.args.tokenizer_path)
         return scheduler
 
     def serve(self) -> None:
@@ -166,7 +170,7 @@ class _Traffic:
     def _to_sglang(self, message: Any) -> Any:
         from sglang.srt.managers.io_struct import AbortReq, ShutdownReq
         if isinstance(message, Generate):
-            return _generate_request(message)
+            return _generate_request(message, self._engine.scheduler.tokenizer)
         if isinstance(message, Abort):
             return AbortReq(rid=message.rid, abort_all=not message.rid)
         if isinstance(message, EndPhase):
@@ -205,15 +209,15 @@ def _refusal(reason: Mapping[str, Any]) -> str:
     return str(reason.get("message") or "") if reason.get("status_code") is not None else ""
 
 
-def _generate_request(message: Generate) -> Any:
+def _generate_request(message: Generate, tokenizer: Any) -> Any:
     from array import array
 
     from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
     from sglang.srt.sampling.sampling_params import SamplingParams
     s = message.sampling
     params = SamplingParams(max_new_tokens=s.max_new_tokens, temperature=s.temperature, top_p=s.top_p, top_k=s.top_k,
-                            stop_token_ids=list(s.stop_token_ids) or None, ignore_eos=s.ignore_eos, sampling_seed=s.seed)
-    params.normalize(None)
+                            stop_token_ids=list(s.stop_token_ids) or None, ignore_eos=s.ignore_eos, sampling_seed=s.seed, stop=list(s.stop) or None)
+    params.normalize(tokenizer)
     params.verify(1 << 30)
     return TokenizedGenerateReqInput(
         rid=message.rid, input_text=None, input_ids=array("q", message.input_ids), input_embeds=None, mm_inputs=None, token_type_ids=None,

@@ -21,6 +21,7 @@ from rlmono.observe.report import write_report
 from rlmono.observe.trackers import make_trackers
 from rlmono.rollout.cluster import Cluster
 from rlmono.rollout.controller import Controller
+from rlmono.rollout.functions import generate_function
 from rlmono.rollout.host import NodeHost, serve_node
 from rlmono.rollout.prompts import Prompts
 from rlmono.world.channel import HostMesh, PrivateFolder, open_mesh
@@ -118,6 +119,7 @@ async def _control(world: World, folder: PrivateFolder, prompts: Prompts, plan: 
 
 def plan_run(config: Config, attempt: str) -> tuple[Prompts, RunPlan]:
     """Read the data and the checkpoint, and say where the run begins. Raises ValueError with the remedy."""
+    generate_function(config)       # refused here where it cannot be called
     prompts = Prompts(config, Tokenizer(config.hf_checkpoint or ""))
     store = CheckpointStore(config, attempt) if config.save else None
     if store:

@@ -15,23 +15,42 @@ from rlmono.world.messages import TrainBatch, TrainSample, TrainStep
 
 
 def train_batches(rollout_id: int, groups: Sequence[Group], steps: int, config: Config, data_parallel: int) -> list[TrainBatch]:
-    """One batch for each data-parallel rank. Samples go in order of (group, sample), whatever order they finished in."""
+    """One batch for each data-parallel rank. Samples go in order of (group, sample), whatever order they finished in.
+
+    Their number is not fixed: samples fail, and a generate function may return several for one. The steps are then as equal as can be, each
+    divides by its own samples, and is filled up with samples that weigh nothing until it divides over the ranks.
+    Raises ValueError when there is nothing to train on.
+    """
     samples = sorted((s for g in groups for s in g), key=lambda s: (s.group_index, s.index))
-    packed = [_train_sample(config, s) for s in samples]
-    rewards = [(s.group_index, s.index, s.reward) for s in packed]
-    plan = plan_rollout([len(s.tokens) for s in samples], steps, config, data_parallel)
-    size = len(samples) // steps
-    totals = [sum(_masked_in(s) for s in samples[i * size:(i + 1) * size]) for i in range(steps)]
-    return [TrainBatch(rollout_id, [TrainStep([[packed[i] for i in pack] for pack in plan[k][rank]], size, totals[k]) for k in range(steps)], rewards)
-            for rank in range(data_parallel)]
+    if not samples:
+        raise ValueError(f"rollout {rollout_id} has no sample to train on: all have failed")
+    packed = [_train_sample(config, i, s) for i, s in enumerate(samples)]      # the index: several may be of one sample
+    cuts = [len(samples) * k // steps for k in range(steps + 1)]
+    multiple = data_parallel * (1 if config.use_dynamic_batch_size else config.micro_batch_size)
+    filled = [_filled(packed[a:b], multiple) for a, b in zip(cuts, cuts[1:], strict=False)]
+    flat = [s for step in filled for s in step]
+    plan = plan_rollout([len(s.tokens) // TOKEN_BYTES for s in flat], [len(step) for step in filled], config, data_parallel)
+    rewards = [(s.group_index, s.index, s.reward) for s in [*packed, *([FILLER] if len(flat) > len(packed) else [])]]
+    totals = [(b - a, sum(_masked_in(s) for s in samples[a:b])) for a, b in zip(cuts, cuts[1:], strict=False)]
+    return [TrainBatch(rollout_id, [TrainStep([[flat[i] for i in pack] for pack in plan[k][rank]], max(n, 1), tokens)
+                                    for k, (n, tokens) in enumerate(totals)], rewards) for rank in range(data_parallel)]
 
 
-def _train_sample(config: Config, s: Sample) -> TrainSample:
+TOKEN_BYTES = 4
+FILLER = TrainSample(-1, -1, 0.0, np.zeros(2, np.int32).tobytes(), 1, np.zeros(1, np.uint8).tobytes(), np.zeros(1, np.float32).tobytes())
+"""Weighs nothing: its one response token is masked out, and it is a group of its own."""
+
+
+def _filled(step: list[TrainSample], multiple: int) -> list[TrainSample]:
+    return step + [FILLER] * (-len(step) % multiple or multiple * (not step))
+
+
+def _train_sample(config: Config, index: int, s: Sample) -> TrainSample:
     mask = s.loss_mask if s.loss_mask is not None else [1] * s.response_length
     log_probs = s.rollout_log_probs or []
     if len(mask) != s.response_length or (s.rollout_log_probs is not None and len(log_probs) != s.response_length):
         raise ValueError(f"sample {s.index}: a response of {s.response_length} tokens with {len(mask)} mask entries and {len(log_probs)} logprobs")
-    return TrainSample(s.index, s.group_index, 0.0 if config.loss_type == "sft" else training_reward(config, s),
+    return TrainSample(index, s.group_index, 0.0 if config.loss_type == "sft" else training_reward(config, s),
                        np.asarray(s.tokens, np.int32).tobytes(), s.response_length, np.asarray(mask, np.uint8).tobytes(),
                        np.asarray(log_probs, np.float32).tobytes())
 
@@ -54,6 +73,11 @@ def _masked_in(s: Sample) -> int:
     return sum(s.loss_mask) if s.loss_mask is not None else s.response_length
 
 
+def _mean_log_prob(s: Sample) -> float:
+    """Of the tokens that are trained on."""
+    return float(np.average(s.rollout_log_probs or [], weights=s.loss_mask))
+
+
 def rollout_statistics(groups: Sequence[Group], config: Config) -> dict[str, float]:
     """rollout/*: rewards, lengths, truncation, repetition, groups without variance, and counted remarks."""
     samples = [s for g in groups for s in g]
@@ -63,7 +87,9 @@ def rollout_statistics(groups: Sequence[Group], config: Config) -> dict[str, flo
            "rollout/response_len/mean": lengths.mean(), "rollout/response_len/max": lengths.max(), "rollout/response_len/min": lengths.min(),
            "rollout/response_len/median": np.median(lengths), "rollout/truncated_ratio": np.mean([s.status == TRUNCATED for s in samples]),
            "rollout/repetition_frac": np.mean([has_repetition(s.response) for s in samples]), "rollout/samples": len(samples),
-           "rollout/log_probs": np.mean([float(np.mean(s.rollout_log_probs)) for s in samples if s.rollout_log_probs] or [0.0])}
+           "rollout/log_probs": np.mean([_mean_log_prob(s) for s in samples if s.rollout_log_probs and _masked_in(s)] or [0.0])}
+    if any(s.loss_mask is not None for s in samples):
+        out["rollout/trained_tokens_ratio"] = sum(map(_masked_in, samples)) / max(int(lengths.sum()), 1)
     out |= _zero_std(groups, config)
     out |= {f"rollout/remarks/{name}": n for name, n in Counter(r for s in samples for r in s.remarks).items()}
     return {k: float(v) for k, v in out.items()}

@@ -12,6 +12,7 @@ import zmq
 
 from rlmono.config.schema import Config
 from rlmono.data.sample import Sample
+from rlmono.rollout.failures import Failures
 from rlmono.rollout.host import HEARTBEAT_S, NodeHost
 from rlmono.rollout.tasks import cancel, send_now, while_healthy
 from rlmono.world.channel import HostMesh
@@ -25,6 +26,7 @@ class Cluster:
     def __init__(self, config: Config, grid: RankGrid, host: NodeHost, mesh: HostMesh | None):
         self.config, self.grid, self.host, self.mesh = config, grid, host, mesh
         host._upward = self._from_device
+        self.failures = Failures(config.rollout_max_failed_share)
         self._load = [0] * len(grid.engines)
         self._jobs: dict[int, asyncio.Future[GroupDone]] = {}
         self._numbers = itertools.count()
@@ -59,7 +61,8 @@ class Cluster:
     # ------------------------------------------------------------ groups
 
     async def run_group(self, samples: list[Sample], sampling: Sampling, evaluation: bool) -> list[Sample]:
-        """Generate and reward one prompt's samples on the engine with least to do. Raises RuntimeError with the host's text when that failed."""
+        """Generate and reward one prompt's samples on the engine with least to do; without those that came to nothing.
+        Raises RuntimeError with the host's text when that failed, or when too many samples have."""
         engine = min(range(len(self._load)), key=lambda i: (self._load[i], i))
         job = RunGroup(next(self._numbers), engine, samples, sampling, evaluation)
         self._load[engine] += len(samples)
@@ -69,6 +72,7 @@ class Cluster:
             self._load[engine] -= len(samples)
         if done.error:
             raise RuntimeError(f"group {samples[0].group_index} (prompt line in its metadata: {samples[0].metadata}) failed: {done.error}")
+        self.failures.add(done.failures)
         return done.samples
 
     async def _run(self, job: RunGroup) -> GroupDone:

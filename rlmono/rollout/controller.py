@@ -73,7 +73,7 @@ class Controller:
         for name, groups in self.prompts.eval_groups():
             self.progress.phase(f"evaluate {name}", rollout_id, len(groups))
             done = await self._run_groups(groups, eval_sampling(self.config, self.prompts.tokenizer.eos_ids), True, f"evaluating {name}")
-            self.metrics.log(rollout_id, eval_statistics(name, done, self.config))
+            self.metrics.log(rollout_id, eval_statistics(name, done, self.config) | self.cluster.failures.counts(f"eval/{name}/failed/"))
             self.progress.show(rollout_id, eval_statistics(name, done, self.config))
             write_samples(self.run_dir / "samples" / f"eval_{name}_{rollout_id}.jsonl", [s for g in done for s in g], self.config.log_samples)
         self._spent["perf/eval_time"] = time.perf_counter() - begun
@@ -92,6 +92,8 @@ class Controller:
         return done
 
     async def _run_groups(self, groups: list[Group], sampling: Any, evaluation: bool, what: str) -> list[Group]:
+        self.cluster.failures.begin(what, sum(map(len, groups)))
+
         async def run(group: Group) -> Group:
             done = await self.cluster.run_group(group, sampling, evaluation)
             self.progress.advance()
@@ -135,7 +137,7 @@ class Controller:
     def _log(self, rollout_id: int, groups: list[Group], values: dict[str, float], seconds: float) -> None:
         values = values | self._spent | self.prompts.left_out() | {"perf/step_time": seconds}
         if self.config.loss_type != "sft":
-            values |= rollout_statistics(groups, self.config)
+            values |= rollout_statistics(groups, self.config) | self.cluster.failures.counts("rollout/failed/")
             generated = sum(s.response_length for g in groups for s in g)
             values["perf/tokens_per_gpu_per_sec"] = generated / self._spent["perf/rollout_time"] / len(self.cluster.grid.engine_ranks)
         trains = sum(values.get(f"perf/{k}", 0.0) for k in ("train_time", "log_probs_time", "ref_log_probs_time"))

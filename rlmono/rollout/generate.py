@@ -1,29 +1,106 @@
-"""From a prompt to a finished sample: the default generate function, and what it needs."""
+"""From a prompt to a finished sample: the default generate function, and what a function of the user's own may use.
+
+    async def function(args, sample, sampling_params, state):       # sampling_params is a dict
+        text = await state.turn(sample, sampling_params)            # the model writes
+        state.append_messages(sample, [{"role": "tool", "content": "4"}])    # somebody else does: loss mask 0
+        ...
+        return sample                                               # or several
+
+What the model wrote is never tokenised again: a sample's tokens are those that the engine saw and sampled.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import TYPE_CHECKING, Any, Optional, Union
+
+import msgspec
 
 from rlmono.data.sample import ABORTED, COMPLETED, TRUNCATED, Sample
-from rlmono.data.tokenizer import Tokenizer
+from rlmono.data.tokenizer import Messages, Tokenizer
 from rlmono.rollout.engines import EngineClient
 from rlmono.world.messages import Output, Sampling
 
+if TYPE_CHECKING:
+    from rlmono.rollout.endpoint import Endpoint
+    from rlmono.rollout.session import Session
+
+TURN_START = "turn_start"
+"""In a sample's metadata: where in the response its last turn begins."""
 _STATUS = {"stop": COMPLETED, "length": TRUNCATED, "abort": ABORTED}
+SamplingParams = Union[Sampling, Mapping[str, Any]]
 
 
 class GenerateState:
-    """What a generate function may use: the engine of the sample's group, the tokenizer, and the deadline."""
+    """What a generate function may use, made for one sample: the engine of its group, the tokenizer, the limits, the endpoint.
 
-    def __init__(self, engine: EngineClient, tokenizer: Tokenizer, timeout_s: float):
-        self.engine, self.tokenizer, self.timeout_s = engine, tokenizer, timeout_s
+    `limit` is the most tokens that the sample may have, prompt and all: the context's end, or `max_new_tokens` after the prompt.
+    """
+
+    def __init__(self, args: Any, engine: EngineClient, tokenizer: Tokenizer, sample: Sample, sampling: Sampling, evaluation: bool = False,
+                 endpoint: Optional[Endpoint] = None):
+        self.args, self.engine, self.tokenizer, self.evaluation = args, engine, tokenizer, evaluation
+        self.limit = min(context_length(args), sample.prompt_length + sampling.max_new_tokens)
+        self.sampling = sampling
+        self._endpoint = endpoint
+        self._seed = (args.rollout_seed, evaluation, sample.group_index, sample.index) if args.deterministic else None
+        self._calls = 0
+
+    async def generate(self, tokens: list[int], sampling_params: Optional[SamplingParams] = None, limit: Optional[int] = None,
+                       turn: object = None) -> Output:
+        """What the engine writes after these tokens; empty, with finish `length`, when `limit` (default: the sample's) is reached.
+
+        In --deterministic its seed is made of rollout seed, sample and `turn`, by default the number of the call.
+        Raises TimeoutError when the engine does not answer, RuntimeError when it refuses, ValueError for a parameter that there is not.
+        """
+        sampling = self.sampling if sampling_params is None else as_sampling(sampling_params)
+        turn, self._calls = self._calls if turn is None else turn, self._calls + 1
+        room = min(sampling.max_new_tokens, (self.limit if limit is None else limit) - len(tokens))
+        if room <= 0:
+            return Output("", [], [], "length", 0)
+        seed = sampling.seed if self._seed is None else request_seed(*self._seed, turn)
+        sampling = msgspec.structs.replace(sampling, max_new_tokens=room, seed=seed)
+        return await self.engine.generate(tokens, sampling, self.args.phase_timeout_s)
+
+    async def turn(self, sample: Sample, sampling_params: Optional[SamplingParams] = None) -> str:
+        """The model goes on after the sample's tokens: what it writes is appended, with mask 1. Returns the text of its turn, which is all
+        since others wrote last. `sample.status` says how the turn ended: completed (it stopped by itself), truncated (no room is left) or
+        aborted (the rollout is over: return the sample as it is; it may come again, and go on)."""
+        append_output(self.args, sample, await self.generate(sample.tokens, sampling_params), self.tokenizer)
+        start = sample.prompt_length + sample.metadata.get(TURN_START, 0)
+        return self.tokenizer.decode(sample.tokens[start:], self.args.rollout_skip_special_tokens)
+
+    def append_messages(self, sample: Sample, messages: Messages) -> bool:
+        """Append messages that others wrote (a tool's, the user's; all of them at once) as the chat template renders them after an answer,
+        with mask 0, up to where the next answer begins. False, and the sample is truncated, when they leave the model no room."""
+        prompt = [{"role": "user", "content": sample.prompt}] if isinstance(sample.prompt, str) else sample.prompt
+        return self._append(sample, self.tokenizer.continuation(sample.tokens, prompt, messages, sample.tools))
+
+    def append_text(self, sample: Sample, text: str) -> bool:
+        """Append a text that others wrote, as it is, with mask 0. False, and the sample is truncated, when it leaves the model no room."""
+        return self._append(sample, self.tokenizer.render(text))
+
+    def _append(self, sample: Sample, tokens: Sequence[int]) -> bool:
+        if len(sample.tokens) + len(tokens) >= self.limit:
+            sample.status = TRUNCATED
+            return False
+        append_observation(sample, tokens)
+        sample.response = self.tokenizer.decode(sample.tokens[sample.prompt_length:], self.args.rollout_skip_special_tokens)
+        return True
+
+    def endpoint(self, sample: Sample) -> AbstractAsyncContextManager[Session]:
+        """`async with state.endpoint(sample) as session`: an OpenAI-compatible server for this sample, at `session.base_url` with
+        `session.api_key`; what was said through it is `session.samples()`."""
+        if self._endpoint is None:
+            raise RuntimeError("there is no endpoint here: a host has one")
+        return self._endpoint.session(self, sample)
 
 
-async def generate(args: Any, sample: Sample, sampling: Sampling, state: GenerateState) -> Sample:
+async def generate(args: Any, sample: Sample, sampling: SamplingParams, state: GenerateState) -> Sample:
     """One turn: the prompt's tokens in, the response's tokens, logprobs and weight versions on the sample."""
-    output = await state.engine.generate(sample.tokens, sampling, state.timeout_s)
-    append_output(args, sample, output, state.tokenizer)
+    append_output(args, sample, await state.generate(sample.tokens, sampling), state.tokenizer)
     return sample
 
 
@@ -33,8 +110,48 @@ def append_output(args: Any, sample: Sample, output: Output, tokenizer: Tokenize
     sample.response_length += len(output.output_ids)
     sample.rollout_log_probs = (sample.rollout_log_probs or []) + output.log_probs
     sample.weight_versions = (sample.weight_versions or []) + [output.weight_version] * len(output.output_ids)
+    if sample.loss_mask is not None:
+        sample.loss_mask = sample.loss_mask + [1] * len(output.output_ids)
     sample.response = tokenizer.decode(sample.tokens[sample.prompt_length:], args.rollout_skip_special_tokens)
     sample.status = _STATUS.get(output.finish, output.finish)
+
+
+def append_observation(sample: Sample, tokens: Sequence[int]) -> None:
+    """Append tokens that the model did not write: mask 0, logprob 0, and the weight version of what stands before them."""
+    mask, versions = sample.loss_mask if sample.loss_mask is not None else [1] * sample.response_length, sample.weight_versions or []
+    sample.tokens = [*sample.tokens, *tokens]
+    sample.response_length += len(tokens)
+    sample.loss_mask = mask + [0] * len(tokens)
+    sample.rollout_log_probs = (sample.rollout_log_probs or []) + [0.0] * len(tokens)
+    sample.weight_versions = versions + [versions[-1] if versions else 0] * len(tokens)
+    sample.metadata = {**sample.metadata, TURN_START: sample.response_length}
+
+
+def context_length(args: Any) -> int:
+    """The most tokens of prompt and response together."""
+    return int(args.rollout_max_context_len or args.model["max_position_embeddings"])
+
+
+def as_dict(sampling: Sampling) -> dict[str, Any]:
+    """Sampling parameters as generate functions get them."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in msgspec.structs.asdict(sampling).items() if name != "seed"}
+
+
+def as_sampling(params: SamplingParams) -> Sampling:
+    """The parameters of one request; ValueError for one that there is not, or a value that it cannot have."""
+    if isinstance(params, Sampling):
+        return params
+    given = {name: value for name, value in params.items() if value is not None}
+    if isinstance(given.get("stop"), str):
+        given["stop"] = (given["stop"],)
+    try:
+        sampling = msgspec.convert(given, Sampling)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"sampling parameters: {error}; there are {', '.join(Sampling.__struct_fields__)}") from None
+    if sampling.max_new_tokens < 1 or sampling.temperature < 0 or not 0 < sampling.top_p <= 1:
+        raise ValueError("sampling parameters: max_new_tokens is at least 1, temperature at least 0, and top_p above 0 and at most 1, "
+                         f"not {sampling.max_new_tokens}, {sampling.temperature:g} and {sampling.top_p:g}")
+    return sampling
 
 
 def request_seed(*parts: object) -> int:

@@ -8,21 +8,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from typing import Callable
+from typing import Callable, Optional
 
 import msgspec
 import zmq.asyncio
 
 from rlmono.config.schema import Config
-from rlmono.data.sample import FAILED, Sample
+from rlmono.data.sample import ABORTED, FAILED, Sample
 from rlmono.data.tokenizer import Tokenizer
-from rlmono.rewards.load import load_function
 from rlmono.rewards.pool import RewardPool
 from rlmono.rollout.engines import EngineClient
-from rlmono.rollout.generate import GenerateState, generate, request_seed
+from rlmono.rollout.functions import SampleFailed, generate_function, make_samples
+from rlmono.rollout.generate import GenerateState
 from rlmono.rollout.tasks import cancel, send_now, while_healthy
 from rlmono.world.channel import HostMesh, PrivateFolder, bind_devices
-from rlmono.world.messages import EndPhase, Failed, Goodbye, GroupDone, Heartbeat, Message, Outputs, Relay, RunGroup, decode, encode
+from rlmono.world.messages import EndPhase, Failed, Failure, Goodbye, GroupDone, Heartbeat, Message, Outputs, Relay, RunGroup, decode, encode
 from rlmono.world.roles import RankGrid
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,8 @@ class NodeHost:
             return
         self.tokenizer = Tokenizer(config.hf_checkpoint or "")
         self.rewards = RewardPool(config)
-        self._generate = load_function(config.custom_generate_function_path) if config.custom_generate_function_path else generate
+        self._generate = generate_function(config)
+        self._logged: set[str] = set()
         for i, ranks in enumerate(grid.engines):
             if grid.node_of(ranks[0]) == grid.node_of(rank):
                 self.engines[i] = self._by_rank[ranks[0]] = self._client(i, ranks[0])
@@ -82,28 +83,41 @@ class NodeHost:
         send_now(self._router, [str(rank).encode(), payload])
 
     async def run_group(self, job: RunGroup) -> GroupDone:
-        """Generate and reward one group. A fault in a user's generate function ends the group with its text, never silently."""
+        """Generate and reward one group. A sample that comes to nothing is a Failure; in an evaluation it stays, with reward 0."""
         started = time.perf_counter()
         try:
             samples = await asyncio.gather(*(self._run_sample(job, s) for s in job.samples))
         except Exception as e:
             log.exception("group %d failed", job.samples[0].group_index)
             return GroupDone(job.job, [], error=f"{type(e).__name__}: {e}")
-        return GroupDone(job.job, list(samples), seconds=time.perf_counter() - started)
+        kept = [s for made, _ in samples for s in made]
+        return GroupDone(job.job, kept, seconds=time.perf_counter() - started, failures=[f for _, f in samples if f is not None])
 
-    async def _run_sample(self, job: RunGroup, sample: Sample) -> Sample:
-        c, sampling = self.config, job.sampling
-        if c.deterministic:
-            seed = request_seed(c.rollout_seed, job.evaluation, sample.group_index, sample.index)
-            sampling = msgspec.structs.replace(sampling, seed=seed)
-        state = GenerateState(self.engines[job.engine], self.tokenizer, c.phase_timeout_s)
-        sample = await self._generate(c, sample, sampling, state)
-        if sample.status != FAILED:
-            result = await self.rewards.score(sample)
-            sample.reward = result.value
-            if result.remark:
-                sample.remarks = [*sample.remarks, result.remark]
-        return sample
+    def _failed(self, sample: Sample, why: SampleFailed, evaluation: bool) -> tuple[list[Sample], Failure]:
+        if (cause := f"{why.outcome}: {why}"[:200]) not in self._logged:
+            self._logged.add(cause)
+            log.warning("sample %d (counted; not shown again for this cause): %s: %s", sample.index, why.outcome, why, exc_info=why.__cause__)
+        failure, c = Failure(sample.index, why.outcome, str(why)), self.config
+        if not evaluation:
+            return [], failure
+        return [Sample(index=sample.index, group_index=sample.group_index, prompt=sample.prompt, label=sample.label, metadata=sample.metadata,
+                       status=FAILED, reward={c.reward_key: 0.0} if c.reward_key else 0.0, remarks=[why.outcome])], failure
+
+    async def _run_sample(self, job: RunGroup, sample: Sample) -> tuple[list[Sample], Optional[Failure]]:
+        """What the generate function made of one sample, rewarded."""
+        state = GenerateState(self.config, self.engines[job.engine], self.tokenizer, sample, job.sampling, job.evaluation)
+        try:
+            samples = await make_samples(self._generate, self.config, sample, job.sampling, state)
+        except SampleFailed as e:
+            await self.engines[job.engine].settle()
+            return self._failed(sample, e, job.evaluation)
+        for s in samples:
+            if s.status != ABORTED:
+                result = await self.rewards.score(s)
+                s.reward = result.value
+                if result.remark:
+                    s.remarks = [*s.remarks, result.remark]
+        return samples, None
 
 
 async def serve_node(host: NodeHost, mesh: HostMesh, timeout_s: float) -> None:

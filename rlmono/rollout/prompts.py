@@ -43,13 +43,13 @@ class Prompts:
         return open_source(path, rules, c.lazy_data_above_mb * 10**6) if limited else open_source(path, rules, sys.maxsize)
 
     def _length(self, prompt: Prompt) -> int:
-        return len(self._prompt_tokens(prompt))
-
-    def _prompt_tokens(self, prompt: Prompt) -> list[int]:
-        tokens = self.tokenizer.render(prompt.prompt, prompt.tools, self.config.apply_chat_template)
+        tokens = self._prompt_tokens(prompt)
         if not tokens:
             raise DataError("the prompt tokenises to nothing")
-        return tokens
+        return len(tokens)
+
+    def _prompt_tokens(self, prompt: Prompt) -> list[int]:
+        return self.tokenizer.render(prompt.prompt, prompt.tools, self.config.apply_chat_template)
 
     @property
     def num_rollout(self) -> int:
@@ -89,13 +89,9 @@ class Prompts:
         try:
             if self.config.loss_type == "sft":
                 return [self._conversation(prompt, group, sample)]
-            tokens = self._prompt_tokens(prompt)
+            tokens = self._prompt_tokens(prompt)       # of none, or too many: the host counts such a sample as failed
         except ValueError as e:
             raise DataError(f"{prompt.where}: {e}") from e
-        longest = self.config.rollout_max_context_len or self.config.model["max_position_embeddings"]
-        if len(tokens) >= longest:
-            raise DataError(f"{prompt.where}: the prompt has {len(tokens)} tokens, and the context ends at {longest}; "
-                            "drop such prompts with --rollout-max-prompt-len")
         return [Sample(index=sample + i, group_index=group, prompt=prompt.prompt, tokens=list(tokens), label=prompt.label,
                        metadata={**prompt.metadata, "source": prompt.where}, tools=prompt.tools) for i in range(n)]
 

@@ -8,7 +8,8 @@ from rlmono.world.messages import Sampling
 
 def rollout_sampling(c: Config, eos_ids: tuple[int, ...]) -> Sampling:
     """How rollouts are sampled. `eos_ids` are the model's own."""
-    return Sampling(c.rollout_max_response_len, c.rollout_temperature, c.rollout_top_p, c.rollout_top_k, _stops(c, eos_ids))
+    return Sampling(c.rollout_max_response_len, c.rollout_temperature, c.rollout_top_p, c.rollout_top_k, _stops(c, eos_ids),
+                    stop=c.rollout_stop or ())
 
 
 def _stops(c: Config, eos_ids: tuple[int, ...]) -> tuple[int, ...]:
@@ -20,4 +21,5 @@ def eval_sampling(c: Config, eos_ids: tuple[int, ...]) -> Sampling:
     def either(value: float | None, fallback: float) -> float:
         return fallback if value is None else value
     return Sampling(int(either(c.eval_max_response_len, c.rollout_max_response_len)), either(c.eval_temperature, c.rollout_temperature),
-                    either(c.eval_top_p, c.rollout_top_p), int(either(c.eval_top_k, c.rollout_top_k)), _stops(c, eos_ids))
+                    either(c.eval_top_p, c.rollout_top_p), int(either(c.eval_top_k, c.rollout_top_k)), _stops(c, eos_ids),
+                    stop=c.rollout_stop or ())

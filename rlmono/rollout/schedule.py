@@ -6,6 +6,7 @@ Denominators of the loss are fixed for a step before packs are made, so nothing 
 from __future__ import annotations
 
 import heapq
+from itertools import accumulate
 from typing import Any, Sequence
 
 from rlmono.config.schema import Config
@@ -14,16 +15,15 @@ Packs = list[list[int]]
 """Packs of one data-parallel rank: lists of sample indices."""
 
 
-def plan_rollout(lengths: Sequence[int], steps: int, config: Config, data_parallel: int) -> list[list[Packs]]:
-    """[step][data-parallel rank] -> packs. Samples go to steps in order, an equal number each; in a step every rank
+def plan_rollout(lengths: Sequence[int], sizes: Sequence[int], config: Config, data_parallel: int) -> list[list[Packs]]:
+    """[step][data-parallel rank] -> packs. Samples go to steps in order, as many as `sizes` says for each; in a step every rank
     gets the same number of packs.
 
-    Raises ValueError when the samples don't divide into the steps.
+    Raises ValueError when the samples of a step don't divide over the ranks.
     """
-    if len(lengths) % steps:
-        raise ValueError(f"{len(lengths)} samples don't divide into {steps} steps")
-    size = len(lengths) // steps
-    return [plan_step(list(range(i * size, (i + 1) * size)), lengths, config, data_parallel) for i in range(steps)]
+    assert sum(sizes) == len(lengths)
+    ends = list(accumulate(sizes))
+    return [plan_step(list(range(end - size, end)), lengths, config, data_parallel) for size, end in zip(sizes, ends, strict=True)]
 
 
 def plan_step(indices: Sequence[int], lengths: Sequence[int], config: Config, data_parallel: int) -> list[Packs]:

@@ -9,7 +9,7 @@ import msgspec
 from rlmono.data.sample import Sample
 
 
-class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
+class Sampling(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """How to sample one response. `seed` makes the tokens independent of what else is in the batch."""
 
     max_new_tokens: int
@@ -19,6 +19,8 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     seed: Optional[int] = None
+    stop: tuple[str, ...] = ()
+    """Strings that end the response; their tokens are its last."""
 
 
 class Generate(msgspec.Struct, tag=True):
@@ -114,13 +116,22 @@ class RunGroup(msgspec.Struct, tag=True):
     evaluation: bool
 
 
+class Failure(msgspec.Struct):
+    """A sample that came to nothing: its outcome by name, and why."""
+
+    index: int
+    outcome: str
+    detail: str
+
+
 class GroupDone(msgspec.Struct, tag=True):
-    """A node's host to the controller: the group's samples, or the error that ended it."""
+    """A node's host to the controller: the group's samples and what became of the others, or the error that ended it."""
 
     job: int
     samples: list[Sample]
     error: str = ""
     seconds: float = 0.0
+    failures: list[Failure] = []
 
 
 class Relay(msgspec.Struct, tag=True):

@@ -28,7 +28,7 @@ def dynamic(room: int, **options: object) -> Config:
 def test_every_sample_goes_somewhere_once(data: st.DataObject, steps: int, ranks: int, room: int, balanced: bool) -> None:
     size = data.draw(st.integers(1, 6)) * ranks
     lengths = data.draw(st.lists(st.integers(1, 120), min_size=size * steps, max_size=size * steps))
-    plan = plan_rollout(lengths, steps, dynamic(room, balance_data=balanced), ranks)
+    plan = plan_rollout(lengths, [size] * steps, dynamic(room, balance_data=balanced), ranks)
     assert len(plan) == steps
     for i, step in enumerate(plan):
         assert len(step) == ranks and len({len(packs) for packs in step}) == 1, "ranks must run equally many packs"
@@ -43,30 +43,29 @@ def test_every_sample_goes_somewhere_once(data: st.DataObject, steps: int, ranks
 def test_fixed_packs(data: st.DataObject, micro: int, ranks: int, balanced: bool) -> None:
     size = data.draw(st.integers(1, 5)) * micro * ranks
     lengths = data.draw(st.lists(st.integers(1, 120), min_size=size, max_size=size))
-    [step] = plan_rollout(lengths, 1, Config(micro_batch_size=micro, balance_data=balanced, model=MODEL), ranks)
+    [step] = plan_rollout(lengths, [size], Config(micro_batch_size=micro, balance_data=balanced, model=MODEL), ranks)
     assert all(len(pack) == micro for rank in step for pack in rank)
     assert sorted(s for rank in step for pack in rank for s in pack) == list(range(size))
 
 
 def test_plans_by_hand() -> None:
     lengths = [5, 3, 4, 1, 9, 2, 2, 6]
-    assert plan_rollout(lengths, 2, dynamic(8), 1) == [[[[0, 1], [2, 3]]], [[[4], [5, 6], [7]]]]
-    assert plan_rollout(lengths, 2, dynamic(8), 2) == [[[[0, 1]], [[2, 3]]], [[[4], [6]], [[5], [7]]]]
-    assert plan_rollout(lengths, 1, Config(micro_batch_size=2), 2) == [[[[0, 1], [4, 5]], [[2, 3], [6, 7]]]]
+    assert plan_rollout(lengths, [4, 4], dynamic(8), 1) == [[[[0, 1], [2, 3]]], [[[4], [5, 6], [7]]]]
+    assert plan_rollout(lengths, [4, 4], dynamic(8), 2) == [[[[0, 1]], [[2, 3]]], [[[4], [6]], [[5], [7]]]]
+    assert plan_rollout(lengths, [8], Config(micro_batch_size=2), 2) == [[[[0, 1], [4, 5]], [[2, 3], [6, 7]]]]
 
 
 def test_context_parallel_ranks_share_a_pack() -> None:
-    assert plan_rollout([5, 5, 5, 5], 1, dynamic(10, context_parallel_size=2), 1) == [[[[0, 1, 2, 3]]]]
+    assert plan_rollout([5, 5, 5, 5], [4], dynamic(10, context_parallel_size=2), 1) == [[[[0, 1, 2, 3]]]]
 
 
-@pytest.mark.parametrize("samples, steps, ranks, config, message", [
-    (7, 2, 1, dynamic(10), "7 samples don't divide into 2 steps"),
-    (6, 2, 2, dynamic(10), "3 samples does not divide over 2 data-parallel ranks"),
-    (6, 1, 2, Config(micro_batch_size=2), "packs of --micro-batch-size 2 on 2"),
+@pytest.mark.parametrize("sizes, ranks, config, message", [
+    ([4, 3], 2, dynamic(10), "3 samples does not divide over 2 data-parallel ranks"),
+    ([6], 2, Config(micro_batch_size=2), "packs of --micro-batch-size 2 on 2"),
 ])
-def test_what_does_not_divide_is_refused(samples: int, steps: int, ranks: int, config: Config, message: str) -> None:
+def test_what_does_not_divide_is_refused(sizes: list[int], ranks: int, config: Config, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        plan_rollout([1] * samples, steps, config, ranks)
+        plan_rollout([1] * sum(sizes), sizes, config, ranks)
 
 
 # ---------------------------------------------------------------- its parts
@@ -124,7 +123,7 @@ def test_balanced_ranks_have_nearly_the_same_flops(ranks: int) -> None:
     for _ in range(20):
         lengths = [min(4000, int(draw.paretovariate(1.2) * 100)) for _ in range(32 * ranks)]
         for balanced in slowest:
-            [step] = plan_rollout(lengths, 1, dynamic(4096, balance_data=balanced), ranks)
+            [step] = plan_rollout(lengths, [32 * ranks], dynamic(4096, balance_data=balanced), ranks)
             cost = [sum(flops(lengths[i], MODEL) for pack in rank for i in pack) for rank in step]
             slowest[balanced] += max(cost) * ranks / sum(cost) / 20
     assert slowest[True] - 1 < (slowest[False] - 1) / 2, slowest

@@ -1,0 +1,132 @@
+"""A user's generate function: its signature, its call, and what becomes of a call that does not come back with a sample.
+
+Such a call is a counted, named outcome of its sample:
+
+    prompt_empty, prompt_too_long       nothing to generate from: not called
+    generate_error                      it raised
+    generate_timeout                    it did not return within --generate-timeout-s
+    generate_invalid                    it returned something that cannot be trained on
+    generate_failed                     it returned a sample that it says has failed
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import math
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from rlmono.config.schema import Config
+from rlmono.data.sample import ABORTED, COMPLETED, FAILED, PENDING, TRUNCATED, Sample
+from rlmono.rewards.load import LoadError, load_function
+from rlmono.rollout.generate import GenerateState, as_dict, context_length, generate
+from rlmono.world.messages import Sampling
+
+Function = Callable[[Any, Sample, Any, GenerateState], Awaitable[Any]]
+SIGNATURE = "async def function(args, sample, sampling_params), with `state` and `evaluation` after that where it wants them"
+
+
+class SampleFailed(Exception):
+    """A sample that cannot be trained on. `outcome` is its name in the metrics."""
+
+    def __init__(self, outcome: str, detail: str):
+        super().__init__(detail)
+        self.outcome = outcome
+
+
+def generate_function(config: Config) -> Function:
+    """The default, or that of --custom-generate-function-path. LoadError when it cannot be loaded, or called."""
+    path = config.custom_generate_function_path
+    return generate if path is None else adapted(load_function(path), path)
+
+
+def adapted(function: Callable[..., Any], path: str) -> Function:
+    """The function as (args, sample, sampling_params, state), whichever of `state` and `evaluation` it takes. LoadError when it cannot be
+    called so."""
+    if not (inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)):
+        raise LoadError(f"{path!r} is not async: a generate function is {SIGNATURE}")
+    parameters = list(inspect.signature(function).parameters.values())
+    first, rest = parameters[:3], parameters[3:]
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in rest)
+    keywords = [name for name in ("state", "evaluation") if takes_all or any(p.name == name and p.kind is not p.POSITIONAL_ONLY for p in rest)]
+    needed = [p.name for p in rest if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and p.name not in keywords]
+    if needed or len(first) < 3 or any(p.kind not in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in first):
+        raise LoadError(f"{path!r} takes ({', '.join(map(str, parameters))}): a generate function is {SIGNATURE}")
+
+    def call(args: Any, sample: Sample, sampling_params: Any, state: GenerateState) -> Awaitable[Any]:
+        given = {"state": state, "evaluation": state.evaluation}
+        return function(args, sample, sampling_params, **{name: given[name] for name in keywords})      # type: ignore[no-any-return]
+    return call
+
+
+async def make_samples(function: Function, config: Config, sample: Sample, sampling: Sampling, state: GenerateState) -> list[Sample]:
+    """One call: the samples that it returned, checked. Raises SampleFailed."""
+    if not sample.tokens:
+        raise SampleFailed("prompt_empty", "the prompt tokenises to nothing")
+    if len(sample.tokens) >= context_length(config):
+        raise SampleFailed("prompt_too_long", f"the prompt has {len(sample.tokens)} tokens, and the context ends at {context_length(config)}; "
+                           "drop such prompts with --rollout-max-prompt-len")
+    deadline = asyncio.timeout(config.generate_timeout_s)
+    try:
+        async with deadline:
+            made = await function(config, sample, sampling if function is generate else as_dict(sampling), state)
+    except TimeoutError as e:
+        if not deadline.expired():
+            raise SampleFailed("generate_error", f"TimeoutError: {e}") from e
+        raise SampleFailed("generate_timeout", f"no return from it within --generate-timeout-s {config.generate_timeout_s:g}") from e
+    except (Exception, SystemExit) as e:
+        raise SampleFailed("generate_error", f"{type(e).__name__}: {e}") from e
+    if function is generate:
+        return [made]
+    try:
+        return checked(config, sample, made)
+    except (TypeError, AttributeError, OverflowError) as e:     # fields of other types
+        raise SampleFailed("generate_invalid", f"the generate function returned a sample whose fields cannot be read: {e}") from e
+
+
+def checked(config: Config, given: Sample, made: Any) -> list[Sample]:
+    """What a user's function returned, as a list of samples, each with the numbers of the one it was given; SampleFailed for anything else.
+    What a new Sample leaves unset (prompt, label, metadata) it gets from the given one."""
+    found = list(made) if isinstance(made, (list, tuple)) else [made]
+    strange = [type(x).__name__ for x in found if not isinstance(x, Sample)] or ([] if found else ["an empty list"])
+    if strange or len(set(map(id, found))) < len(found):
+        what = strange[0] if strange else "one sample twice"
+        raise SampleFailed("generate_invalid", f"the generate function returned {what}, not a Sample or a list of them")
+    kept = [s for s in found if s.status != FAILED]
+    if not kept:
+        raise SampleFailed("generate_failed", "; ".join(r for s in found for r in s.remarks) or "the generate function says so")
+    for s in kept:
+        if s is not given:
+            s.index, s.group_index = given.index, given.group_index
+            s.prompt, s.label, s.metadata = s.prompt or given.prompt, given.label if s.label is None else s.label, {**given.metadata, **s.metadata}
+        if problem := _problem(config, s):
+            raise SampleFailed("generate_invalid", f"the generate function returned a sample {problem}")
+        if s.status == PENDING:
+            s.status = COMPLETED
+    return kept
+
+
+def _problem(config: Config, s: Sample) -> str:
+    """What keeps a sample from being trained on; empty when nothing does."""
+    n = s.response_length
+    if s.status == PENDING and not n:
+        return "as it was given, without a response"
+    if s.status not in (PENDING, COMPLETED, TRUNCATED, ABORTED):
+        return f"with the status {s.status!r}"
+    if not 0 <= n < len(s.tokens):
+        return f"with {len(s.tokens)} tokens, of which response_length {n} are the response: a prompt needs one at least"
+    if len(s.tokens) > context_length(config):
+        return f"of {len(s.tokens)} tokens, and the context ends at {context_length(config)}"
+    if not all(type(t) is int for t in s.tokens) or not 0 <= min(s.tokens) <= max(s.tokens) < config.model["vocab_size"]:
+        return f"whose tokens are not all ids from 0 to {config.model['vocab_size'] - 1}"
+    for name, values in (("rollout_log_probs", s.rollout_log_probs), ("loss_mask", s.loss_mask), ("weight_versions", s.weight_versions)):
+        if values is not None and len(values) != n:
+            return f"with {len(values)} {name} for a response of {n} tokens"
+    if n and s.rollout_log_probs is None:
+        return "without rollout_log_probs: the engine's for what the model wrote, 0 for other tokens"
+    if not all(isinstance(x, (int, float)) and math.isfinite(x) for x in s.rollout_log_probs or ()):
+        return "with rollout_log_probs that are no finite numbers"
+    if s.loss_mask is not None and not set(s.loss_mask) <= {0, 1}:
+        return "with a loss_mask that has other values than 0 and 1"
+    return ""
