@@ -109,8 +109,8 @@ def make(folder: Path, seed: int = 0, write: Callable[[Path, int], None] | None 
     if note.is_file() and json.loads(note.read_text()) == made:
         return False
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        about = f"data made with {note.read_text().strip()}" if note.is_file() else "something else"
-        raise ValueError(f"{folder} has {about}, not {json.dumps(made)}; remove it or name another folder")
+        found = f"data made with {note.read_text().strip()}" if note.is_file() else "something else"
+        raise ValueError(f"{folder} has {found}, not {json.dumps(made)}; remove it or name another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:

@@ -17,6 +17,7 @@ from rlmono.config.schema import Config
 from rlmono.data.sample import ABORTED, FAILED, Sample
 from rlmono.data.tokenizer import Tokenizer
 from rlmono.rewards.pool import RewardPool
+from rlmono.rollout.endpoint import Endpoint
 from rlmono.rollout.engines import EngineClient
 from rlmono.rollout.functions import SampleFailed, generate_function, make_samples
 from rlmono.rollout.generate import GenerateState
@@ -45,6 +46,7 @@ class NodeHost:
         self.rewards = RewardPool(config)
         self._generate = generate_function(config)
         self._logged: set[str] = set()
+        self._endpoint = Endpoint(config.hf_checkpoint or "")
         for i, ranks in enumerate(grid.engines):
             if grid.node_of(ranks[0]) == grid.node_of(rank):
                 self.engines[i] = self._by_rank[ranks[0]] = self._client(i, ranks[0])
@@ -59,6 +61,7 @@ class NodeHost:
 
     async def close(self) -> None:
         if self.serves:
+            await self._endpoint.close()
             await self.rewards.close()
         self._router.close()
 
@@ -105,7 +108,8 @@ class NodeHost:
 
     async def _run_sample(self, job: RunGroup, sample: Sample) -> tuple[list[Sample], Optional[Failure]]:
         """What the generate function made of one sample, rewarded."""
-        state = GenerateState(self.config, self.engines[job.engine], self.tokenizer, sample, job.sampling, job.evaluation)
+        state = GenerateState(self.config, self.engines[job.engine], self.tokenizer, sample, job.sampling, job.evaluation,
+                              self._endpoint)
         try:
             samples = await make_samples(self._generate, self.config, sample, job.sampling, state)
         except SampleFailed as e:

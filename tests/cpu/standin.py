@@ -87,10 +87,10 @@ def run_group(config: Config, answers: Answers, samples: list[Sample], evaluatio
     return asyncio.run(run())
 
 
-def make_folder(folder: Path) -> Tokenizer:
-    """A tokenizer of characters with the roles user, assistant and tool."""
+def make_folder(folder: Path, *words: str) -> Tokenizer:
+    """A tokenizer of characters, and of these words, with the roles user, assistant and tool."""
     from rlmono.agents.calculator import LANGUAGE
-    from rlmono.quickstart import write_tokenizer
+    from rlmono.quickstart import Language, write_tokenizer
     folder.mkdir(parents=True, exist_ok=True)
-    write_tokenizer(folder, LANGUAGE)
+    write_tokenizer(folder, Language(LANGUAGE.roles, (*LANGUAGE.words, *words)))
     return Tokenizer(str(folder))

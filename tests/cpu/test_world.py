@@ -366,11 +366,12 @@ def _dealer(context: zmq.asyncio.Context, address: str, keys: Any, identity: byt
 # ---------------------------------------------------------------- who may import what
 
 TORCH_DISTRIBUTED, SGLANG, MEGATRON = "torch.distributed", "sglang", "megatron"
-FORBIDDEN = {"rollout": (TORCH_DISTRIBUTED, SGLANG, MEGATRON), "rewards": (TORCH_DISTRIBUTED, SGLANG, MEGATRON, "torch"), "data": (SGLANG, MEGATRON),
+FORBIDDEN = {"rollout": (TORCH_DISTRIBUTED, SGLANG, MEGATRON), "agents": (TORCH_DISTRIBUTED, SGLANG, MEGATRON),
+             "rewards": (TORCH_DISTRIBUTED, SGLANG, MEGATRON, "torch"), "data": (SGLANG, MEGATRON),
              "observe": (SGLANG, MEGATRON), "config": (SGLANG, MEGATRON), "world": (SGLANG, MEGATRON), "trainer": (SGLANG,), "models": (SGLANG,),
              "engine": (MEGATRON,)}
-ORDER = (("loop", "convert"), ("rollout", "trainer", "engine", "weights", "memory", "checkpoint"), ("models", "data", "world", "observe", "rewards"),
-         ("config",))
+ORDER = (("loop", "convert"), ("agents",), ("rollout", "trainer", "engine", "weights", "memory", "checkpoint"),
+         ("models", "data", "world", "observe", "rewards"), ("config",))
 """Arrows point down, or to a room of the same row."""
 UPWARD = {"config/hf.py: rlmono.models.registry.shape_from_hf", "config/show.py: rlmono.world.roles.RankGrid"}
 """Except these, inside functions: a shape comes from the family that knows the model, and a dry run shows the grid."""
