@@ -3,7 +3,7 @@ r"""A task that a CPU learns in minutes: two-digit addition, where RL finds that
     python -m rlmono.quickstart make DIR [--seed N]
 
 writes DIR/model (a Qwen3 of one layer and 267k parameters, with a character tokenizer), and jsonl data: sft, train, eval, and
-shuffled (train with labels that are all wrong, as a control). `sft.jsonl` is in training order: 1000 steps of 16 worked
+shuffled (train with labels that are all wrong, as a control). `sft.jsonl` is in training order: 1600 steps of 16 worked
 demonstrations `50+12=\boxed{62}`, then 200 steps of a mix of which 70 % are quick estimates `\boxed{50}`, nearly always
 wrong. So supervised fine-tuning teaches the skill, and RL on `reward` selects the behaviour that uses it.
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 # Third-party packages are imported inside functions: reward workers import this module.
 
-FORMAT = 2
+FORMAT = 3
 """Of what `make` writes; another one is not taken for made already."""
 
 PAD, USER, END, ASSISTANT, BOXED = "<pad>", "<|user|>", "<|end|>", "<|assistant|>", "\\boxed{"
@@ -87,7 +87,7 @@ MODEL: dict[str, Any] = {
 
 LOW, HIGH = 10, 49
 HELD_OUT = 200
-SFT_BATCH, WORKED_STEPS, MIX_STEPS, MIX_WORKED_SHARE = 16, 1000, 200, 0.3
+SFT_BATCH, WORKED_STEPS, MIX_STEPS, MIX_WORKED_SHARE = 16, 1600, 200, 0.3
 
 Problem = tuple[int, int]
 

@@ -97,14 +97,14 @@ def test_labels(folder: Path) -> None:
 
 def test_demonstrations_are_in_training_order(folder: Path) -> None:
     data = rows(folder / "sft.jsonl")
-    assert len(data) == 1200 * 16
+    assert len(data) == 1800 * 16
     for row in data:
         a, b = problem(row)
         answer = row["messages"][1]["content"]
         assert answer in (quickstart.worked_answer(a, b), quickstart.estimate(a, b))
     worked = ["=" in row["messages"][1]["content"] for row in data]
-    assert all(worked[:1000 * 16]) and sum(worked[1000 * 16:]) == 0.3 * 200 * 16
-    halves = sum(worked[1000 * 16:1100 * 16]) / (100 * 16), sum(worked[1100 * 16:]) / (100 * 16)
+    assert all(worked[:1600 * 16]) and sum(worked[1600 * 16:]) == 0.3 * 200 * 16
+    halves = sum(worked[1600 * 16:1700 * 16]) / (100 * 16), sum(worked[1700 * 16:]) / (100 * 16)
     assert all(0.25 < half < 0.35 for half in halves)
     assert quickstart.worked_answer(27, 35) == r"50+12=\boxed{62}" and quickstart.estimate(27, 35) == r"\boxed{50}"
     right = sum(f"boxed{{{row['label']}}}" in row["messages"][1]["content"] for row, w in zip(data, worked, strict=True) if not w)
