@@ -70,7 +70,8 @@ class Checkpoint:
     save_interval: Optional[int] = option(
         None, "Save every so many rollouts (and after the last). Default: only after the last.", minimum=1)
     save_hf: Optional[str] = option(None, "Also write HF safetensors with every save, to this path; {rollout_id} is filled in.")
-    async_save: bool = option(False, "Write checkpoints in the background.", later="asynchronous checkpoints")
+    async_save: bool = option(False, "Write checkpoints in the background: the loop only waits for a copy in host memory, which takes as much of it "
+                              "as the checkpoint (--save-hf is still written before the loop goes on).")
     no_load_optim: bool = option(False, "Load weights only; the optimizer starts fresh.")
     finetune: bool = option(False, "Load weights only; optimizer, schedule and data start fresh at rollout 0.")
 
@@ -256,17 +257,27 @@ class Optimizer:
     optimizer: str = option("adam", "The optimizer.", choices=("adam",))
     lr: float = option(1e-6, "Peak learning rate.", minimum=0.0)
     min_lr: float = option(0.0, "Final learning rate of a decay.", minimum=0.0)
-    lr_decay_style: str = option("constant", "Shape of the schedule.", choices=("constant", "linear", "cosine", "inverse-square-root"))
+    lr_decay_style: str = option("constant", "Shape of the schedule; WSD stays at the peak, and decays in the last --lr-wsd-decay-iters steps.",
+                                choices=("constant", "linear", "cosine", "inverse-square-root", "WSD"))
     lr_warmup_iters: int = option(0, "Steps of linear warm-up.", minimum=0)
+    lr_warmup_fraction: Optional[float] = option(None, "Warm-up as a part of the decay's steps, instead.", minimum=0.0, below=1.0)
+    lr_warmup_init: float = option(0.0, "Learning rate that the warm-up begins from.", minimum=0.0)
     lr_decay_iters: Optional[int] = option(None, "Steps until min_lr. Default: all steps of the run.", minimum=1)
-    weight_decay: float = option(0.01, "Decoupled weight decay.", minimum=0.0)
+    lr_wsd_decay_style: str = option("exponential", "Shape of the decay of WSD.", choices=("exponential", "linear", "cosine", "minus_sqrt"))
+    lr_wsd_decay_iters: Optional[int] = option(None, "Steps of the decay of WSD.", minimum=1)
+    weight_decay: float = option(0.01, "Decoupled weight decay; norms and biases have none.", minimum=0.0)
+    weight_decay_incr_style: str = option("constant", "How weight decay grows over the run, from --start-weight-decay to --end-weight-decay.",
+                                          choices=("constant", "linear", "cosine"))
+    start_weight_decay: Optional[float] = option(None, "Weight decay before the first step.", minimum=0.0)
+    end_weight_decay: Optional[float] = option(None, "Weight decay of the last step.", minimum=0.0)
     adam_beta1: float = option(0.9, "Decay of Adam's first moment.", minimum=0.0, below=1.0)
     adam_beta2: float = option(0.999, "Decay of Adam's second moment.", minimum=0.0, below=1.0)
     adam_eps: float = option(1e-8, "Term in Adam's denominator.", above=0.0)
     clip_grad: float = option(1.0, "Largest global gradient norm; 0 is off.", minimum=0.0)
-    optimizer_cpu_offload: bool = option(False, "Adam in host memory.", later="CPU Adam")
-    overlap_cpu_optimizer_d2h_h2d: bool = option(False, "With --optimizer-cpu-offload.", later="CPU Adam")
-    use_precision_aware_optimizer: bool = option(False, "Adam states in lower precision.", later="CPU Adam")
+    optimizer_cpu_offload: bool = option(False, "Adam's states and fp32 weights in host memory, computed on by the CPU (on GPUs).")
+    overlap_cpu_optimizer_d2h_h2d: bool = option(False, "With --optimizer-cpu-offload: copy gradients and weights while the CPU computes.")
+    use_precision_aware_optimizer: bool = option(False, "Megatron's name for a part of --optimizer-cpu-offload, which has it anyway. On GPUs without "
+                                                 "that it needs Transformer Engine's Adam, and is refused.")
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,27 @@ def unsupported(config: Config) -> list[str]:
     return found
 
 
+def on_device(config: Config, device: str) -> Config:
+    """The config with remarks on options that depend on what ranks compute on (cpu or cuda). Raises ConfigError for what can't be done there."""
+    c = config
+    if device != "cuda":
+        names = ("optimizer_cpu_offload", "overlap_cpu_optimizer_d2h_h2d", "use_precision_aware_optimizer")
+        given = [f"--{_dashes(n)}" for n in names if getattr(c, n)]
+        note = f"{', '.join(given)}: nothing to do on a CPU, where Adam and its states are in host memory anyway"
+        return dataclasses.replace(c, notes=(*c.notes, note)) if given else c
+    problems = []
+    if c.use_precision_aware_optimizer and not c.optimizer_cpu_offload:
+        problems.append("use_precision_aware_optimizer by itself needs Transformer Engine's Adam, which rlmono does without: leave it out, or add "
+                        "--optimizer-cpu-offload")
+    if c.optimizer_cpu_offload and c.dtype == "float32":
+        problems.append("optimizer_cpu_offload keeps fp32 copies of bfloat16 weights in host memory: leave --dtype float32 out")
+    if c.megatron.get("optimizer_offload_fraction", 1.0) != 1.0:
+        problems.append("optimizer_offload_fraction below 1 would lose track of Adam's states on a resume without Transformer Engine: leave it out")
+    if problems:
+        raise ConfigError(problems)
+    return c
+
+
 def _shape(config: Config) -> Iterator[str]:
     model, tp, engine_tp = config.model, config.tensor_model_parallel_size, config.rollout_num_gpus_per_engine
     for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
@@ -178,8 +199,6 @@ def _algorithm(config: Config) -> Iterator[str]:
         yield "recompute_granularity full needs --recompute-method and --recompute-num-layers (uniform and 1 save most)"
     if config.recompute_granularity != "full" and (config.recompute_method or config.recompute_num_layers):
         yield "recompute_method and recompute_num_layers need --recompute-granularity full"
-    if config.min_lr > config.lr:
-        yield f"min_lr {config.min_lr:g} is above lr {config.lr:g}"
     if config.over_sampling_batch_size is not None and config.over_sampling_batch_size < config.rollout_batch_size:
         yield (f"over_sampling_batch_size {config.over_sampling_batch_size} is below rollout_batch_size {config.rollout_batch_size}: "
                "it must be at least as many")
@@ -190,6 +209,29 @@ def _algorithm(config: Config) -> Iterator[str]:
     for name in ("rollout_max_response_len", "eval_max_response_len"):
         if (length := getattr(config, name)) and (limit := context or positions) and length >= limit and config.loss_type != "sft":
             yield f"{name} {length} leaves no room for a prompt in a context of {limit} tokens"
+
+
+def _optimizer(config: Config) -> Iterator[str]:
+    c = config
+    for name in ("min_lr", "lr_warmup_init"):
+        if getattr(c, name) > c.lr:
+            yield f"{name} {getattr(c, name):g} is above lr {c.lr:g}"
+    if c.lr_warmup_iters and c.lr_warmup_fraction is not None:
+        yield f"lr_warmup_iters {c.lr_warmup_iters} and lr_warmup_fraction {c.lr_warmup_fraction:g} say the same thing: give one of the two"
+    if c.lr_decay_style == "WSD" and c.lr_wsd_decay_iters is None:
+        yield "lr_decay_style WSD needs --lr-wsd-decay-iters: the steps of its decay"
+    if c.lr_decay_style != "WSD":
+        own = [n for n in ("lr_wsd_decay_iters", "lr_wsd_decay_style") if _given(c, n)]
+        yield from (f"{n} {getattr(c, n)} has no effect without --lr-decay-style WSD" for n in own)
+    ends = [n for n in ("start_weight_decay", "end_weight_decay") if getattr(c, n) is not None]
+    if c.weight_decay_incr_style == "constant":
+        yield from (f"{n} {getattr(c, n):g} has no effect without --weight-decay-incr-style linear or cosine" for n in ends)
+    elif len(ends) < 2:
+        yield f"weight_decay_incr_style {c.weight_decay_incr_style} needs --start-weight-decay and --end-weight-decay"
+    elif c.start_weight_decay > c.end_weight_decay:       # type: ignore[operator]    # both are there
+        yield f"start_weight_decay {c.start_weight_decay:g} is above end_weight_decay {c.end_weight_decay:g}"
+    if c.async_save and c.save is None:
+        yield "async_save needs --save"
 
 
 GROUPED = ("grpo", "gspo", "cispo", "dr_grpo", "rloo", "reinforce_plus_plus_baseline")
@@ -220,7 +262,8 @@ def _estimator(config: Config) -> Iterator[str]:
 
 
 DEPENDENT = {"use_tis": ("tis_clip", "tis_clip_low", "tis_mode", "tis_level"), "use_opsm": ("opsm_delta",),
-             "use_opd": ("opd_type", "opd_kl_coef", "opd_teacher_load"), "overlong_buffer_len": ("overlong_penalty_factor",)}
+             "use_opd": ("opd_type", "opd_kl_coef", "opd_teacher_load"), "overlong_buffer_len": ("overlong_penalty_factor",),
+             "optimizer_cpu_offload": ("overlap_cpu_optimizer_d2h_h2d",)}
 """Option -> options that say how it is done."""
 
 
@@ -329,7 +372,7 @@ def _file(path: str) -> Path:
     return Path(re.sub(r"@\[.*\]$", "", path))
 
 
-CHECKS: tuple[Callable[[Config], Iterator[str]], ...] = (_run, _data, _placement, _shape, _pipeline, _algorithm, _estimator, _teacher)
+CHECKS: tuple[Callable[[Config], Iterator[str]], ...] = (_run, _data, _placement, _shape, _pipeline, _algorithm, _optimizer, _estimator, _teacher)
 
 
 def _derived(config: Config, plan: BatchPlan) -> Config:

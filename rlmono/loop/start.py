@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Optional, Sequence, TextIO
 
 from rlmono.config.option import ConfigError
 from rlmono.config.schema import Config
+from rlmono.config.validate import on_device
 from rlmono.world.launch import Launch, RankMisplaced, WorldError, read_launch
 from rlmono.world.roles import RankGrid
 
@@ -45,13 +46,14 @@ def train(argv: Sequence[str]) -> int:
         launch = read_launch(os.environ)
         grid = RankGrid.for_config(config, launch.nodes, launch.local_world_size)
         refuse_unsupported(config)
+        device = find_device(config)
+        config = on_device(config, device)
     except RankMisplaced as e:
         return _refuse(str(e), every_rank=True)
     except (ConfigError, WorldError) as e:
         return _refuse(str(e))
     if launch.agent:
         die_with_parent()
-    device = find_device(config)
     if device == "cuda" and config.colocate and launch.rank in grid.devices:
         from rlmono.memory.saver import preload
         preload(dict(os.environ))

@@ -27,7 +27,8 @@ class Critic(Learner):
 
     def __init__(self, config: Config, dtype: torch.dtype, total_steps: int):
         lr = config.lr if config.critic_lr is None else config.critic_lr
-        own = dataclasses.replace(config, lr=lr, min_lr=min(config.min_lr, lr), lr_warmup_iters=config.critic_lr_warmup_iters)
+        own = dataclasses.replace(config, lr=lr, min_lr=min(config.min_lr, lr), lr_warmup_init=min(config.lr_warmup_init, lr),
+                                  lr_warmup_iters=config.critic_lr_warmup_iters, lr_warmup_fraction=None)
         tf_config = model.transformer_config(own, dtype)
         super().__init__(own, dtype, total_steps, tf_config, model.build_chunks(own, tf_config, value_head=True))
 
@@ -46,7 +47,7 @@ class Critic(Learner):
     def learn(self, packs: list[Pack]) -> dict[str, float]:
         """One optimizer step."""
         metrics = self.step(packs, self._objective)
-        return {f"train/critic_{k}" if k in ("grad_norm", "lr") else k: v for k, v in metrics.items()}
+        return {k if k.startswith("train/") else f"train/critic_{k}": v for k, v in metrics.items()}
 
     def _objective(self, p: Pack, out: torch.Tensor) -> tuple[torch.Tensor, Parts]:
         return value_objective(self.config, p, self._values(p, out))

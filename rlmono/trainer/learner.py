@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any, Callable, Iterable
 
@@ -13,10 +14,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from rlmono.config.schema import Config
-from rlmono.trainer import model
+from rlmono.trainer import model, optimizer
 from rlmono.trainer.objective import Parts
 from rlmono.trainer.packs import Pack
 
+log = logging.getLogger(__name__)
 Objective = Callable[[Pack, torch.Tensor], tuple[torch.Tensor, Parts]]
 """(loss, weighted sums for metrics) of one pack from the model's output, [t, …]."""
 
@@ -29,21 +31,23 @@ class Learner:
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         self.chunks = [c.to(self.device) for c in chunks]
         self.ddp = model.wrap(config, tf_config, self.chunks)
-        self.optimizer = model.build_optimizer(config, dtype, self.ddp)
-        self.schedule = model.build_schedule(config, self.optimizer, total_steps)
+        self.optimizer = optimizer.build_optimizer(config, dtype, self.ddp)
+        self.schedule = optimizer.build_schedule(config, self.optimizer, total_steps)
+        self.norms = optimizer.Norms(self.optimizer, self.ddp)
         self.skipped_steps = 0
 
     @property
     def optimizers(self) -> list[Any]:
         """The distributed optimizers: one, or a second for experts under expert parallelism."""
-        return [o for o in getattr(self.optimizer, "chained_optimizers", [self.optimizer]) if not getattr(o, "is_stub_optimizer", False)]
+        return optimizer.singles(self.optimizer)
 
     def weights_changed(self) -> None:
         """After weights were written into the module: the optimizer's fp32 copies follow."""
         self.optimizer.reload_model_params()
 
     def step(self, packs: list[Pack], objective: Objective) -> dict[str, float]:
-        """One optimizer step; grad_norm and lr, and on the last pipeline stage the objective's parts over all ranks."""
+        """One optimizer step; grad_norm and lr, those of each group of parameters, and on the last pipeline stage the objective's parts
+        over all ranks."""
         for chunk in self.ddp:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -53,21 +57,23 @@ class Learner:
             return value, torch.zeros((), dtype=torch.int, device=value.device), parts      # the schedule wants a count; nobody uses it
         collected = run(self.ddp, packs, loss, forward_only=False)
         self.schedule.step(1)
-        grad_norm = self._update()
-        return reduce(collected) | {"grad_norm": grad_norm, "lr": self.optimizer.param_groups[0]["lr"]}
+        return reduce(collected) | self._update() | {"lr": self.optimizer.param_groups[0]["lr"]}
 
-    def _update(self) -> float:
+    def _update(self) -> dict[str, float]:
         """Clip and step; a step whose gradient is not finite is skipped and counted, never taken."""
         found_inf = self.optimizer.prepare_grads()
-        norm = float(self.optimizer.get_grad_norm() or 0.0)
+        norms = self.norms.measure()
+        norm = norms["grad_norm"]
         if found_inf or not math.isfinite(norm):
             self.skipped_steps += 1
-            return norm
+            log.warning("a gradient is not finite: the step is skipped, and weights and optimizer stay as they are (%d so far)", self.skipped_steps)
+            return norms
         for single in self.optimizers:
             if self.config.clip_grad > 0 and single.get_parameters():
-                clip_grad_by_total_norm_fp32(single.get_parameters(), max_norm=self.config.clip_grad, total_norm=norm)
+                clip_grad_by_total_norm_fp32(single.get_parameters(), max_norm=self.config.clip_grad, total_norm=norm,
+                                             use_decoupled_grad=optimizer.decoupled(single))
         self.optimizer.step_with_ready_grads()
-        return norm
+        return norms
 
 
 def run(chunks: list[Any], packs: list[Pack], loss_func: Any, forward_only: bool) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Megatron's model, wrapped for training: GPTModel of a shape, DistributedDataParallel, optimizer and schedule."""
+"""Megatron's model, wrapped for training: GPTModel of a shape, and DistributedDataParallel."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ import torch.nn.functional as F
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
@@ -142,46 +140,22 @@ def padded_vocab(config: Config) -> int:
     return -(-config.model["vocab_size"] // tp) * tp
 
 
+class _InBf16(Float16Module):
+    """Megatron's wrapper would make an fp32 copy of all logits, which the loss reads a chunk at a time."""
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        return super().forward(*inputs, fp32_output=False, **named)
+
+
 def wrap(config: Config, tf_config: TransformerConfig, chunks: list[GPTModel]) -> list[DistributedDataParallel]:
     """bf16 wrapper where asked, and gradient buffers reduced over data-parallel ranks in fp32."""
     values: dict[str, Any] = dict(use_distributed_optimizer=True, grad_reduce_in_fp32=True, check_for_nan_in_grad=False)
     values.update(_named(config.megatron, DistributedDataParallelConfig))
-    wrapped = [DistributedDataParallel(tf_config, DistributedDataParallelConfig(**values), Float16Module(tf_config, c) if tf_config.bf16 else c,
+    wrapped = [DistributedDataParallel(tf_config, DistributedDataParallelConfig(**values), _InBf16(tf_config, c) if tf_config.bf16 else c,
                                        disable_bucketing=i > 0) for i, c in enumerate(chunks)]
     # The schedule would divide by a token count: our loss is already weighted, so there is nothing to pass on.
     tf_config.finalize_model_grads_func = lambda models, _num_tokens, **kw: finalize_model_grads(models, None, **kw)
     return wrapped
-
-
-def build_optimizer(config: Config, dtype: torch.dtype, chunks: list[DistributedDataParallel]) -> Any:
-    """Adam over the distributed optimizer (state and fp32 weights are sharded over data-parallel ranks)."""
-    values: dict[str, Any] = dict(
-        optimizer=config.optimizer, lr=config.lr, min_lr=config.min_lr, weight_decay=config.weight_decay, adam_beta1=config.adam_beta1,
-        adam_beta2=config.adam_beta2, adam_eps=config.adam_eps, clip_grad=config.clip_grad, bf16=dtype == torch.bfloat16,
-        params_dtype=dtype, use_distributed_optimizer=True)
-    values.update(_named(config.megatron, OptimizerConfig))
-    optimizer = get_megatron_optimizer(OptimizerConfig(**values), chunks)
-    chunks[0].config.grad_scale_func = optimizer.scale_loss
-    _allocate_adam_state(optimizer)
-    return optimizer
-
-
-def _allocate_adam_state(optimizer: Any) -> None:
-    """torch's Adam makes its state at the first step; checkpoints and the memory plan want it from the start."""
-    for single in getattr(optimizer, "chained_optimizers", [optimizer]):
-        for group in single.optimizer.param_groups:
-            for p in group["params"]:
-                single.optimizer.state[p] = {"step": torch.tensor(0.0, dtype=torch.float32), "exp_avg": torch.zeros_like(p.data),
-                                             "exp_avg_sq": torch.zeros_like(p.data)}
-
-
-def build_schedule(config: Config, optimizer: Any, total_steps: int) -> OptimizerParamScheduler:
-    """Learning-rate schedule; step n (from 1) trains with its n-th value, so warm-up never begins with 0."""
-    decay = max(config.lr_decay_iters or total_steps, config.lr_warmup_iters + 1)
-    return OptimizerParamScheduler(
-        optimizer, init_lr=0.0, max_lr=config.lr, min_lr=config.min_lr, lr_warmup_steps=config.lr_warmup_iters, lr_decay_steps=decay,
-        lr_decay_style=config.lr_decay_style, start_wd=config.weight_decay, end_wd=config.weight_decay, wd_incr_steps=decay,
-        wd_incr_style="constant", use_checkpoint_opt_param_scheduler=False, override_opt_param_scheduler=True)
 
 
 def _named(values: Any, cls: type) -> dict[str, Any]:

@@ -155,7 +155,7 @@ class Trainer(Learner):
         if self.critic is not None and rollout_id < self.config.num_critic_only_steps:
             return metrics
         own = self.step(packs, self._loss)
-        return metrics | {f"train/{k}" if k in ("grad_norm", "lr") else k: v for k, v in own.items()}
+        return metrics | {k if k.startswith("train/") else f"train/{k}": v for k, v in own.items()}
 
     # ------------------------------------------------------------ packs
 

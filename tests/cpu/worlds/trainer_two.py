@@ -11,6 +11,7 @@ import tiny
 import torch
 import torch.distributed as dist
 from cases import run_cases
+from torch.utils._python_dispatch import TorchDispatchMode
 
 FOLDER = Path(sys.argv[1])
 TP2 = dict(tensor_model_parallel_size=2)
@@ -160,6 +161,49 @@ def case_a_step_that_is_not_finite_on_one_rank() -> None:
     metrics, _ = tiny.run_packs(trainer, broken, tiny.share(trainer, packs))
     assert trainer.skipped_steps == 1 and metrics["train/skipped_steps"] == 1
     assert all(torch.equal(x, before[n]) for n, x in tiny.exported(trainer).items()), "a step that is not finite changed weights"
+
+
+class WholeLogits(TorchDispatchMode):
+    """Notes every fp32 tensor with so many rows of logits."""
+
+    def __init__(self, rows: int, columns: set[int]):
+        super().__init__()
+        self.rows, self.columns, self.found, self.seen = rows, columns, list[str](), 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for t in (out if isinstance(out, (tuple, list)) else [out]):
+            if isinstance(t, torch.Tensor) and t.ndim > 1 and t.shape[-1] in self.columns:
+                self.seen += t.numel() >= self.rows * t.shape[-1]
+                if t.dtype == torch.float32 and t.numel() >= self.rows * t.shape[-1]:
+                    self.found.append(f"{func}: {tuple(t.shape)}")
+        return out
+
+
+def case_logits_are_never_whole_in_fp32() -> None:
+    """bf16, all passes over logits that there are: reference, old policy, training with an entropy bonus; and SFT."""
+    from megatron.core import parallel_state
+
+    from rlmono.trainer import logprobs
+    from rlmono.trainer.trainer import Trainer
+    batch, chunk = [tiny.rewarded(s, float(i)) for i, s in enumerate(tiny.make_samples())], logprobs.CHUNK
+    logprobs.CHUNK = 16
+    try:
+        for layout, columns in (({}, {97}), (TP2_SP, {48, 49})):
+            for options in ({"loss_type": "sft"}, {"entropy_coef": 0.01, "use_kl_loss": True}):
+                tiny.build_trainer(FOLDER / "untied", **layout)         # ends the trainer before
+                parallel_state.destroy_model_parallel()
+                trainer = Trainer(tiny.make_config(FOLDER / "untied", **options, **layout), torch.bfloat16, 2)
+                trainer.load_hf(FOLDER / "untied")
+                if trainer.needs_reference():
+                    trainer.load_hf(FOLDER / "other", trainer.add_reference())
+                halves = [batch[::2], batch[1::2]]
+                steps = [tiny.step(tiny.share(trainer, [half[:2], half[2:]]), half) for half in halves]
+                with WholeLogits(rows=38, columns=columns) as watch:        # packs have 81, 38, 61 tokens, and 11: less than a chunk
+                    trainer.train(tiny.batch(batch, *steps))
+                assert watch.seen and not watch.found, (layout, options, watch.seen, watch.found[:5])
+    finally:
+        logprobs.CHUNK = chunk
 
 
 def case_hf_round_trip() -> None:
