@@ -28,7 +28,7 @@ from rlmono.convert.main import REFUSED, refuse
 from rlmono.loop.start import die_with_parent
 from rlmono.models.registry import family
 from rlmono.observe.bar import Bar
-from rlmono.weights.hf import WeightsError, headers, index_of, is_finite, load_hf, save_hf
+from rlmono.weights.hf import WeightsError, headers, index_of, load_hf, save_hf
 from rlmono.world.groups import init_pool
 from rlmono.world.launch import Launch, WorldError, read_launch
 from rlmono.world.store import join_attempt, open_store
@@ -238,7 +238,7 @@ class ToHf(Job):
         if rank == 0:
             require_space(self.output, total)
             with Bar(f"writing {self.output}", total, True) as bar:
-                save_hf(self.output, _checked(buckets, folder, bar, dtype), self.source, dtype)
+                save_hf(self.output, _told(buckets, bar, dtype), self.source, dtype)
             print(f"{self.output}: {total / 2**30:.3g} GiB of {str(dtype).removeprefix('torch.')}")
         else:
             for _ in buckets:           # the export is collective
@@ -257,10 +257,8 @@ class ToHf(Job):
         return Path(answer[0])
 
 
-def _checked(buckets: Any, folder: Path, bar: Bar, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+def _told(buckets: Any, bar: Bar, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
     for bucket in buckets:
         for name, tensor in bucket:
-            if not is_finite(tensor):
-                raise CheckpointError(f"{folder}: {name!r} holds values that are not finite")
             yield name, tensor
             bar.advance(tensor.numel() * dtype.itemsize)

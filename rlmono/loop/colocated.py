@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from rlmono.loop.device import Saver, build_engine, build_trainer, ready, receive_batch, restore_random
+from rlmono.loop.device import build_engine, build_trainer, ready, receive_batch, restore_random
+from rlmono.loop.saver import Saver
 from rlmono.loop.world import RunPlan, World
 from rlmono.memory.saver import open_saver
 from rlmono.memory.swap import Memory
@@ -36,3 +37,4 @@ def run(world: World, plan: RunPlan, link: HostLink) -> None:
         sleep_s = memory.to("rollout")
         link.report("updated", rollout_id, **{"perf/update_weights_time": update_s, "perf/sleep_time": sleep_s, "perf/wake_up_time": wake_up_s})
     engine.serve()                      # the last evaluation
+    saver.wait()

@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any, Mapping, Optional
 
 import torch
-from torch.distributed.checkpoint.api import CheckpointException
 
 from rlmono.checkpoint import rng
-from rlmono.checkpoint.store import CheckpointStore, fail
 from rlmono.config.hf import model_shape
 from rlmono.config.schema import Config
 from rlmono.loop.world import RunPlan, Source, World
@@ -117,43 +115,6 @@ def receive_batch(link: HostLink, config: Config, rollout_id: int) -> TrainBatch
     if not isinstance(message, TrainBatch) or message.rollout_id != rollout_id:
         raise RuntimeError(f"expected the batch of rollout {rollout_id}, got {type(message).__name__}")
     return message
-
-
-class Saver:
-    """This rank's part of every checkpoint."""
-
-    def __init__(self, world: World, plan: RunPlan, link: HostLink, trainer: Any, engine: Any):
-        self.world, self.plan, self.link, self.trainer, self.engine = world, plan, link, trainer, engine
-        self.store = CheckpointStore(world.config, world.attempt) if world.config.save else None
-
-    def save_if_due(self, rollout_id: int) -> None:
-        """Write and report; the controller makes it visible when every rank has reported. Raises OSError that names the folder."""
-        if self.store is None or not self.store.due(rollout_id, self.plan.num_rollout):
-            return
-        folder = self.store.partial(rollout_id)
-        try:
-            if self.trainer is not None:
-                from rlmono.checkpoint import torch_dist
-                torch_dist.save(self.trainer, folder)
-            rng.save(folder, self.world.rank, self.engine.rng if self.engine else None, self.trainer is not None)
-        except (OSError, RuntimeError, CheckpointException) as e:
-            fail(folder, e)
-        self._export(rollout_id)
-        self.link.report("saved", rollout_id)
-
-    def _export(self, rollout_id: int) -> None:
-        """--save-hf: the weights as an HF folder, written by the first trainer."""
-        template = self.world.config.save_hf
-        if template is None or self.trainer is None:
-            return
-        from rlmono.weights.hf import save_hf
-        named = ((name, tensor) for bucket in self.trainer.export() for name, tensor in bucket)
-        if self.world.rank == self.world.grid.trainers[0]:
-            folder = Path(template.format(rollout_id=rollout_id))
-            save_hf(folder, named, Path(self.world.config.hf_checkpoint or ""), getattr(torch, self.world.dtype))
-        else:
-            for _ in named:             # the export is collective
-                pass
 
 
 def ready(link: HostLink, plan: RunPlan, trainer: Optional[Any]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from rlmono.loop.device import Saver, build_engine, ready, restore_random
+from rlmono.loop.device import build_engine, ready, restore_random
+from rlmono.loop.saver import Saver
 from rlmono.loop.world import RunPlan, World
 from rlmono.weights.update import Receiver
 from rlmono.world.channel import HostLink
@@ -26,3 +27,4 @@ def run(world: World, plan: RunPlan, link: HostLink) -> None:
         update_s = weights.update(version=rollout_id + 1)
         link.report("updated", rollout_id, **{"perf/update_weights_time": update_s})
     engine.serve()                      # the last evaluation
+    saver.wait()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from rlmono.loop.device import Saver, build_trainer, ready, receive_batch, restore_random
+from rlmono.loop.device import build_trainer, ready, receive_batch, restore_random
+from rlmono.loop.saver import Saver
 from rlmono.loop.world import RunPlan, World
 from rlmono.memory.swap import Memory
 from rlmono.weights.update import Sender
@@ -28,3 +29,4 @@ def run(world: World, plan: RunPlan, link: HostLink) -> None:
         saver.save_if_due(rollout_id)
         if weights is not None:
             weights.update(version=rollout_id + 1)
+    saver.wait()

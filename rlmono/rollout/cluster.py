@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from typing import Any, Iterable, Sequence
+from typing import Any, Coroutine, Iterable, Sequence
 
 import msgspec
 import zmq
@@ -47,6 +47,10 @@ class Cluster:
             await while_healthy(asyncio.sleep(0.05), self._background, None, what)
             if time.monotonic() > end:
                 raise TimeoutError(f"{what}: not within {self.config.start_timeout_s:g} s")
+
+    def watch(self, loop: Coroutine[Any, Any, None], name: str) -> None:
+        """Run a coroutine that never ends beside all others; its failure ends whatever is waited for."""
+        self._background.append(asyncio.create_task(loop, name=name))
 
     async def close(self, error: str = "") -> None:
         """Say goodbye to the other hosts, and why if the run failed, and let go of everything."""

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import hashlib
 import json
 import time
@@ -35,10 +36,13 @@ class Controller:
         self.num_rollout = prompts.num_rollout
         self._dp_rank: dict[int, int] = {}
         self._spent: dict[str, float] = {}
+        self._copied: asyncio.Queue[tuple[int, dict[str, Any]]] = asyncio.Queue()
+        self._behind: list[tuple[int, float]] = []
 
     async def run(self) -> None:
         """The whole run. Every wait inside has a deadline and says who waits for whom."""
         await self._ready()
+        self.cluster.watch(self._publish_copied(), "publishing checkpoints")
         for rollout_id in range(self.start, self.num_rollout):
             begun = time.perf_counter()
             self._spent = {}
@@ -52,6 +56,8 @@ class Controller:
             self._log(rollout_id, groups, values, time.perf_counter() - begun)
         if self.config.eval_prompt_data and self.start < self.num_rollout:
             await self.evaluate(self.num_rollout)
+        await self._published()
+        self._log_behind()
         self.cluster.end_phase()
 
     async def _ready(self) -> None:
@@ -109,21 +115,55 @@ class Controller:
         batches = train_batches(rollout_id, groups, self.prompts.steps_per_rollout, c, grid.data_parallel_size)
         if c.deterministic:
             self._write_hashes(rollout_id, groups)
+        if self._save_due(rollout_id):
+            await self._published()     # one at a time
         for rank in grid.trainers:
             self.cluster.send(rank, batches[self._dp_rank[rank]])
         trained = await self.cluster.reports("trained", rollout_id, grid.trainers, c.phase_timeout_s)
         return next(data["metrics"] for data in trained.values() if data["reports"])
 
+    def _save_due(self, rollout_id: int) -> bool:
+        return self.checkpoints is not None and self.checkpoints.due(rollout_id, self.num_rollout)
+
     async def _save_if_due(self, rollout_id: int) -> dict[str, float]:
-        if self.checkpoints is None or not self.checkpoints.due(rollout_id, self.num_rollout):
+        """Wait for the checkpoint; in the background, only until every rank has copied its part to host memory."""
+        if not self._save_due(rollout_id):
             return {}
         begun = time.perf_counter()
         self.progress.phase("save", rollout_id)
-        await self.cluster.reports("saved", rollout_id, self.cluster.grid.devices, self.config.phase_timeout_s)
-        # In a thread: hashing takes minutes for a large model, and the heartbeats of the other nodes must go on.
-        publish = asyncio.to_thread(self.checkpoints.publish, rollout_id, self.prompts.state(rollout_id + 1))
-        await self.cluster.gather([publish], self.config.phase_timeout_s, f"publishing the checkpoint of rollout {rollout_id}")
+        devices, state = self.cluster.grid.devices, self.prompts.state(rollout_id + 1)
+        if self.config.async_save:
+            await self.cluster.reports("copied", rollout_id, devices, self.config.phase_timeout_s)
+            self._copied.put_nowait((rollout_id, copy.deepcopy(state)))        # what it names goes on
+        else:
+            await self._publish(rollout_id, state)
         return {"perf/save_time": time.perf_counter() - begun}
+
+    async def _publish(self, rollout_id: int, state: dict[str, Any]) -> None:
+        """Make a checkpoint of what every rank has written."""
+        await self.cluster.reports("saved", rollout_id, self.cluster.grid.devices, self.config.phase_timeout_s)
+        assert self.checkpoints is not None
+        # In a thread: hashing takes minutes for a large model, and the heartbeats of the other nodes must go on.
+        publish = asyncio.to_thread(self.checkpoints.publish, rollout_id, state)
+        await self.cluster.gather([publish], self.config.phase_timeout_s, f"publishing the checkpoint of rollout {rollout_id}")
+
+    async def _publish_copied(self) -> None:
+        while True:
+            rollout_id, state = await self._copied.get()
+            begun = time.perf_counter()
+            await self._publish(rollout_id, state)
+            self._behind.append((rollout_id, time.perf_counter() - begun))
+            self._copied.task_done()
+
+    async def _published(self) -> None:
+        """Every checkpoint that was begun is there."""
+        await self.cluster.gather([self._copied.join()], self.config.phase_timeout_s, "the last checkpoint to be written and published")
+
+    def _log_behind(self) -> None:
+        """How long checkpoints took in the background, after the line of the rollout's own."""
+        for rollout_id, seconds in self._behind:
+            self.metrics.log(rollout_id, {"perf/async_save_time": seconds})
+        self._behind.clear()
 
     async def _updated(self, rollout_id: int) -> dict[str, float]:
         """The weights that this rollout made are in every engine; the slowest rank's times."""
@@ -143,6 +183,7 @@ class Controller:
         trains = sum(values.get(f"perf/{k}", 0.0) for k in ("train_time", "log_probs_time", "ref_log_probs_time"))
         values["perf/wait_time_ratio"] = 1 - trains / seconds
         self.metrics.log(rollout_id, values)
+        self._log_behind()
         self.progress.show(rollout_id, values)
 
     def _write_hashes(self, rollout_id: int, groups: list[Group]) -> None:

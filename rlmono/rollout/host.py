@@ -69,7 +69,7 @@ class NodeHost:
         """For ever: answers go to their engine's client, everything else up to the controller."""
         while True:
             identity, payload = await self._router.recv_multipart()
-            rank, message = int(identity), decode(payload)
+            rank, message = int(identity.partition(b"/")[0]), decode(payload)
             if isinstance(message, Outputs):
                 self._by_rank[rank].deliver(message)
             else:

@@ -50,11 +50,25 @@ def index_of(folder: Path) -> dict[str, Path]:
             with safe_open(f, "pt") as opened:
                 out.update((name, f) for name in opened.keys())
         except SafetensorError as e:
-            raise WeightsError(f"{f}: not a whole safetensors file ({e}); copy it again") from None
+            raise WeightsError(f"{f}: not a whole safetensors file ({e}{_cut_off(f)}); copy it again") from None
     for name, file in listed.items():
         if name not in out:
             raise WeightsError(f"{folder / file}: tensor {name!r} is missing, but {INDEX} lists it")
     return out
+
+
+def _cut_off(file: Path) -> str:
+    """The first tensor that a file ends within or before, in words; empty where its head can't be read."""
+    size = file.stat().st_size
+    try:
+        with open(file, "rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+            head = json.loads(f.read(length))
+        ends = {name: 8 + length + about["data_offsets"][1] for name, about in head.items() if name != "__metadata__"}
+    except (ValueError, KeyError, TypeError, OverflowError, MemoryError):
+        return ""
+    beyond = [(end, name) for name, end in ends.items() if end > size]
+    return f": tensor {min(beyond)[1]!r} is cut off" if beyond else ""
 
 
 def _listed(folder: Path) -> dict[str, str]:

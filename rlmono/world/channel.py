@@ -77,13 +77,16 @@ def _short_tmp() -> str:
 
 
 class HostLink:
-    """A device rank's end of the socket to its host. Used by one thread; `socket` may be polled by others' loops."""
+    """A device rank's end of the socket to its host. Used by one thread; `socket` may be polled by others' loops.
 
-    def __init__(self, address: str, rank: int):
+    A second one, for a thread that reports only, has a `name`.
+    """
+
+    def __init__(self, address: str, rank: int, name: str = ""):
         self.rank = rank
         self._context = zmq.Context(1)
         self.socket = self._context.socket(zmq.DEALER)
-        self.socket.setsockopt(zmq.IDENTITY, str(rank).encode())
+        self.socket.setsockopt(zmq.IDENTITY, f"{rank}/{name}".rstrip("/").encode())
         self.socket.setsockopt(zmq.LINGER, 2000)
         self.socket.setsockopt(zmq.SNDHWM, 0)
         self.socket.setsockopt(zmq.RCVHWM, 0)
@@ -114,7 +117,7 @@ class HostLink:
 
 
 def bind_devices(context: zmq.asyncio.Context, address: str) -> zmq.asyncio.Socket:
-    """A host's end for its device ranks: ROUTER; a rank's identity is its number."""
+    """A host's end for its device ranks: ROUTER; a rank's identity is its number (`3/name` that of a link besides)."""
     router = context.socket(zmq.ROUTER)
     router.setsockopt(zmq.LINGER, 2000)
     router.setsockopt(zmq.SNDHWM, 0)

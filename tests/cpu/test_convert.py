@@ -25,7 +25,6 @@ from rlmono.models.registry import family as family_of
 from rlmono.models.registry import shape_from_hf
 from rlmono.weights.hf import prediction_tensors
 
-pytestmark = pytest.mark.slow
 SCRIPT = WORLDS / "convert_two.py"
 BIG = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=4, vocab_size=32000, num_attention_heads=16, num_key_value_heads=4)
 
@@ -79,6 +78,7 @@ def test_one_process_says_what_it_did(scratch: Path, written_by_one: dict[str, s
     assert "32 tensors of layers for next-token prediction are skipped (model.layers.3.eh_proj.weight" in written_by_one["deepseek"].stderr
 
 
+@pytest.mark.slow
 def test_two_ranks_read_what_one_process_wrote(models: Path, scratch: Path, written_by_one: object) -> None:
     """Under torchrun, without a layout; the layer for next-token prediction comes from the source folder."""
     out = scratch / "by-command"
@@ -88,6 +88,7 @@ def test_two_ranks_read_what_one_process_wrote(models: Path, scratch: Path, writ
     assert "32 tensors of layers for next-token prediction are carried through" in done.stderr
 
 
+@pytest.mark.slow
 def test_two_ranks_refuse_with_one_message(models: Path, scratch: Path) -> None:
     source, out = scratch / "poor", scratch / "never"
     tensors = read_folder(models / "moe")
@@ -111,6 +112,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_a_killed_conversion_leaves_nothing_that_looks_finished(models: Path, tmp_path: Path) -> None:
     """Killed at the last moment: all is written, and the folder has not got its name."""
     out = tmp_path / "out"
