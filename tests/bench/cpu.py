@@ -1,7 +1,8 @@
 """The numbers of a run on CPU: `python tests/bench/cpu.py`. Writes docs/benchmarks/cpu.json and docs/benchmarks.md.
 
-Two parts, both by default: `numbers` runs the worlds of tests/cpu (trainer and engine against transformers, and against
-each other); `quickstart` runs the quickstart and finds where the time of its rollouts goes. The machine should do nothing else.
+Its parts, all by default: `numbers` runs the worlds of tests/cpu (trainer and engine against transformers, and against
+each other); `quickstart` runs the quickstart and finds where the time of its rollouts goes; `loss` and `convert` measure peak
+memory (memory.py). The machine should do nothing else.
 """
 
 from __future__ import annotations
@@ -25,14 +26,16 @@ def main() -> int:
     """0 when every figure has met its target."""
     sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "bench"), str(ROOT / "tests" / "cpu")]
     import figures
+    import memory
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("parts", nargs="*", default=["numbers", "quickstart"], help="numbers, quickstart; the other's figures are kept")
+    every = {"numbers": numbers, "quickstart": quickstart, "loss": memory.loss_figures, "convert": memory.convert_figures}
+    parser.add_argument("parts", nargs="*", default=[*every], help=f"{', '.join(every)}; the others' figures are kept")
     parts = parser.parse_args().parts
     path = figures.FOLDER / "cpu.json"
     kept = [f for f in (json.loads(path.read_text()) if path.exists() else []) if f["command"] not in {f"{COMMAND} {p}" for p in parts}]
     machine, found = figures.this_machine(), []
     for part in parts:
-        found += [figure | {"command": f"{COMMAND} {part}", "machine": machine} for figure in {"numbers": numbers, "quickstart": quickstart}[part]()]
+        found += [figure | {"command": f"{COMMAND} {part}", "machine": machine} for figure in every[part]()]
     figures.write("cpu", sorted(kept + found, key=lambda f: f["command"]))
     for figure in found:
         print(f"{'      ' if figures.met(figure) else 'MISSED'} {figure['name']}: {figure['value']:.3g} {figure['unit']}  {figure['target']}")
@@ -88,20 +91,24 @@ def layout_figures(one: dict[str, Any], two: dict[str, Any]) -> list[dict[str, A
     recompute = one["case_full_recompute"]
     out.append(figure("full recompute: worst ‖Δgradient‖/‖gradient‖", recompute["gradient"], "", "<= 1e-6", "no recompute"))
     steps = one["case_two_steps_of_a_rollout"]
-    return [*out, figure("ppo_kl at step one of two", abs(steps["ppo_kl_step1"]), "", "< 1e-8", "old logprobs from a pass of their own"),
-            figure("ppo_kl at step two of two", steps["ppo_kl_step2"], "", "> 0", "old logprobs from a pass of their own")]
+    old = "the policy before the rollout's first step, from a pass of its own"
+    return [*out, figure("two steps a rollout: ppo_kl at the first", abs(steps["ppo_kl_step1"]), "", "< 1e-8", old, "nothing has moved"),
+            figure("two steps a rollout: ppo_kl at the second", steps["ppo_kl_step2"], "", "> 0", old, "the first step has moved it")]
 
 
 def reference_figures(one: dict[str, Any]) -> list[dict[str, Any]]:
-    naive, out = "a loss of few lines on transformers' model", []
-    for name, values in one.items():
-        if {"loss", "gradient", "tensor"} <= values.keys() and name != "case_ten_packings":
-            words = name.removeprefix("case_").replace("_", " ")
-            out += [figure(f"{words}: loss difference", values["loss"], "", "<= 1e-6", naive, "relative to the loss, or to 0.1 where that is larger"),
-                    figure(f"{words}: worst ‖Δgradient‖/‖gradient‖", values["gradient"], "", "<= 1e-5", naive, values["tensor"])]
+    """The furthest of all objectives: losses, KL estimators, clips, entropy, masks."""
+    naive = "a loss of few lines on transformers' model, fp32"
+    objectives = {name.removeprefix("case_").replace("_", " "): values for name, values in one.items()
+                  if {"loss", "gradient", "tensor"} <= values.keys() and name != "case_ten_packings"}
+    loss, gradient = (max(objectives, key=lambda n: objectives[n][key]) for key in ("loss", "gradient"))
     adam = one["case_rollouts_like_torch_adamw"]
-    return [*out, figure("two rollouts of two steps: worst ‖Δweight‖/‖weight‖", adam["weights"], "", "<= 1e-6",
-                         "torch.optim.AdamW and clip_grad_norm_ on that loss", adam["tensor"])]
+    return [figure(f"{len(objectives)} objectives, one step: loss difference of the furthest", objectives[loss]["loss"], "", "<= 1e-6", naive,
+                   f"{loss}; relative to the loss, or to 0.1 where that is larger"),
+            figure(f"{len(objectives)} objectives, one step: ‖Δgradient‖/‖gradient‖ of the furthest tensor", objectives[gradient]["gradient"], "",
+                   "<= 1e-5", naive, f"{gradient}; {objectives[gradient]['tensor']}"),
+            figure("two rollouts of two steps: ‖Δweight‖/‖weight‖ of the furthest tensor", adam["weights"], "", "<= 1e-6",
+                   "torch.optim.AdamW and clip_grad_norm_ on that loss", adam["tensor"])]
 
 
 # ---------------------------------------------------------------- the time of a rollout

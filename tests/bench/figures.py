@@ -60,7 +60,8 @@ def _row(figure: Mapping[str, Any]) -> str:
     value = f"{figure['value']:.3g}" if isinstance(figure["value"], float) else str(figure["value"])
     note = f" ({figure['note']})" if figure.get("note") else ""
     target = figure["target"] + ("" if met(figure) else " **missed**")
-    return f"| {figure['name']}{note} | {value} {figure['unit']} | {target} | {figure['reference']} |"
+    cells = (f"{figure['name']}{note}", f"{value} {figure['unit']}".strip(), target, figure["reference"])
+    return f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |"
 
 
 def this_machine() -> str:

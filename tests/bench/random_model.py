@@ -1,6 +1,6 @@
 """A checkpoint with random weights, the quickstart's tokenizer and a prompt file: `python tests/bench/random_model.py NAME DIR`.
 
-NAME is a real shape (qwen3-4b, qwen3-1.7b) for measurements, or a small model of another family (moe, glm, deepseek) to
+NAME is a real shape (qwen3-4b, qwen3-1.7b, qwen3-0.6b) for measurements, or a small model of another family (moe, glm, deepseek) to
 compare trainer and engine. It generates noise, at the speed of the real model.
 """
 
@@ -30,6 +30,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-4b": dict(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8,
                      vocab_size=151936, tie_word_embeddings=True),
     "qwen3-1.7b": dict(hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8,
+                       vocab_size=151936, tie_word_embeddings=True),
+    "qwen3-0.6b": dict(hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8,
                        vocab_size=151936, tie_word_embeddings=True),
     "tiny": dict(hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, vocab_size=1024,
                  tie_word_embeddings=True),
