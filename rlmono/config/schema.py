@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Mapping, Optional
 
 from rlmono.config.option import option
+from rlmono.config.rewards import RM_TYPES
 
 ESTIMATORS = ("grpo", "gspo", "cispo", "dr_grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "ppo")
 
@@ -137,12 +138,19 @@ class Rollout:
 class Reward:
     """Rewards; they run in worker processes of the host rank."""
 
-    rm_type: Optional[str] = option(None, "Reward by name.", choices=("deepscaler", "math"))
-    custom_rm_path: Optional[str] = option(None, "`module.function` or `file.py:function`: (args, sample, **kw) -> float or dict.")
+    rm_type: Optional[str] = option(None, "Reward by name; boxed_ before it gives it what is in the response's last box.", choices=RM_TYPES)
+    custom_rm_path: Optional[str] = option(
+        None, "`module.function` or `file.py:function`, async or not: (args, sample, **kw) -> float or dict.")
     reward_key: Optional[str] = option(None, "Key of the number when the reward is a dict.")
-    group_rm: bool = option(False, "Call the reward once a group.", later="group rewards")
-    reward_timeout_s: float = option(30.0, "Deadline of one reward; a slower one counts as failed, with reward 0.", minimum=0.01)
+    eval_reward_key: Optional[str] = option(None, "The same in evaluations. Default: --reward-key.")
+    group_rm: bool = option(False, "Call the custom reward once a group: (args, samples, **kw) -> a list of float or dict.")
+    rm_url: Optional[str] = option(None, "The reward server of remote_rm; it gets {prompt, response, label} and answers a number or dict.")
+    rm_max_retries: int = option(10, "Further tries of remote_rm after one that failed, all within --reward-timeout-s.", minimum=0)
+    reward_timeout_s: float = option(30.0, "Deadline of one call of the reward; a slower one counts as failed, with reward 0.", minimum=0.01)
     reward_workers: int = option(1, "Worker processes for rewards on each host rank.", minimum=1)
+    reward_concurrency: int = option(64, "Calls of an async reward (remote_rm is one) at a time on each host rank at most.", minimum=1)
+    reward_memory_limit_gb: float = option(
+        4.0, "Memory (GiB) that a reward worker may write to; beyond it the sample counts as failed. 0: no limit.", minimum=0.0)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any, Callable, Iterator, Mapping, Optional
 
 from rlmono.config.hf import model_shape
 from rlmono.config.option import ConfigError, options
+from rlmono.config.rewards import reward_type
 from rlmono.config.schema import Config
 
 RETURN_ORIGINAL = "SGLANG_RETURN_ORIGINAL_LOGPROB"
@@ -336,9 +337,8 @@ def _data(config: Config) -> Iterator[str]:
         yield f"eval_interval {config.eval_interval} needs --eval-prompt-data"
     if config.loss_type == "sft":
         return
-    if config.rm_type is not None and config.label_key is None and config.custom_rm_path is None:
-        yield f"rm_type {config.rm_type} compares with a label: name its key with --label-key"
-    if config.rm_type is None and config.custom_rm_path is None and not _rows_name_reward(config):
+    yield from _reward(config)
+    if not (config.rm_type or config.custom_rm_path or config.custom_generate_function_path or _rows_name_reward(config)):
         yield "no reward: give --rm-type or --custom-rm-path, or a rm_type in each prompt's metadata"
 
 
@@ -350,6 +350,24 @@ def _weights(config: Config) -> Iterator[str]:
         yield f"prompt_data_weights {_shown(weights)} has {len(weights)} value(s) for {files} --prompt-data: give one for each"
     elif min(weights) <= 0:
         yield f"prompt_data_weights {_shown(weights)}: each must be above 0; leave out a file that is not to be used"
+
+
+def _reward(config: Config) -> Iterator[str]:
+    """What the reward of --rm-type needs. Rows that name another are checked when they are read."""
+    if config.rm_url is not None and not re.match(r"https?://[^/\s]+", config.rm_url):
+        yield f"rm_url {config.rm_url} is not an http:// or https:// address"
+    if config.rm_type is None or config.custom_rm_path is not None:
+        return
+    name, kind = f"rm_type {config.rm_type}", reward_type(config.rm_type)
+    if kind.labelled and config.label_key is None:
+        yield f"{name} compares with a label: name its key with --label-key"
+    if kind.concurrent and config.rm_url is None:
+        yield f"{name} needs --rm-url: the address of the reward server"
+    if kind.keys and config.reward_key is None:
+        yield f"{name} returns a dict: name the key of its number with --reward-key {kind.keys[0]}"
+    for key in ("reward_key", "eval_reward_key"):
+        if kind.keys and getattr(config, key) not in (None, *kind.keys):
+            yield f"{key} {getattr(config, key)}: {name} has {' and '.join(kind.keys)}"
 
 
 def _rows_name_reward(config: Config) -> bool:
@@ -403,6 +421,8 @@ def _remarks(config: Config, plan: BatchPlan) -> Iterator[str]:
     for name, estimators in ESTIMATOR_OPTIONS.items():
         if config.advantage_estimator not in estimators and _given(config, name):
             yield f"{name} is ignored: it belongs to advantage_estimator {' and '.join(estimators)}"
+    if config.group_rm and config.custom_rm_path is None:
+        yield "group_rm is for functions of --custom-rm-path: the shipped rewards judge each sample by itself"
     if config.num_rollout is not None and config.num_epoch is not None:
         yield f"num_rollout {config.num_rollout} wins over num_epoch {config.num_epoch}"
 

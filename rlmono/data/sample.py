@@ -33,12 +33,15 @@ class Sample(msgspec.Struct, omit_defaults=True):
     status: str = PENDING
     metadata: dict[str, Any] = {}
     tools: Optional[list[dict[str, Any]]] = None
+    custom_rm_path: Optional[str] = None
+    """The function that judges this sample, before all options; a generate function or an eval set may set it."""
     remarks: list[str] = []
     """Counted, named outcomes that are worth a line in the metrics: `reward_timeout`, `reward_error`, …"""
 
-    def get_reward_value(self, args: Any) -> float:
-        """The reward as a number: itself, or its `--reward-key` entry."""
-        value = self.reward[args.reward_key] if isinstance(self.reward, dict) else self.reward
+    def get_reward_value(self, args: Any, evaluation: bool = False) -> float:
+        """The reward as a number: itself, or its `--reward-key` entry (in an evaluation, `--eval-reward-key` where that is set)."""
+        key = (evaluation and args.eval_reward_key) or args.reward_key
+        value = self.reward[key] if isinstance(self.reward, dict) else self.reward
         if value is None:
             raise ValueError(f"sample {self.index} has no reward yet")
         return float(value)

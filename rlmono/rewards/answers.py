@@ -47,6 +47,11 @@ def last_boxed(text: str) -> str | None:
     return None
 
 
+def after_thinking(response: str) -> str:
+    """What a response says after its last `</think>`; all of it where there is none."""
+    return response.rpartition("</think>")[2]
+
+
 def normalise(answer: str) -> str:
     r"""One spelling of an answer: without spaces, units, `\left`, `$`, `%` and degrees, thousands without commas, fractions as
     `\frac{a}{b}`, numbers without idle zeros, words in lower case."""

@@ -27,9 +27,18 @@ _LONGEST = 300
 
 def reward(args: Any, sample: Sample, **kwargs: Any) -> float:
     """1.0 or 0.0. ValueError for a sample without a label."""
-    labels = labels_of(sample)
     answer = _answer(sample.response)
-    return float(answer is not None and any(_equal(normalise(label), normalise(answer)) for label in labels))
+    return float(_equal_to_label(answer, sample))
+
+
+def reward_of_answer(args: Any, sample: Sample, **kwargs: Any) -> float:
+    """The same of a response that is the answer alone."""
+    return float(_equal_to_label(sample.response or None, sample))
+
+
+def _equal_to_label(answer: str | None, sample: Sample) -> bool:
+    labels = labels_of(sample)
+    return answer is not None and any(_equal(normalise(label), normalise(answer)) for label in labels)
 
 
 def _answer(response: str) -> str | None:
@@ -91,6 +100,8 @@ def _symbolically_equal(label: str, answer: str) -> bool:
     try:
         expressions = [sympy.nsimplify(latex2sympy(text), rational=True) for text in (label, answer)]
         return sympy.simplify(expressions[0] - expressions[1]) == 0
+    except MemoryError:
+        raise
     except Exception as error:      # what a model writes fails in a hundred ways; none of them is an answer
         logger.debug("not comparable: %r and %r: %s", label, answer, error)
         return False

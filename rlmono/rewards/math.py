@@ -15,15 +15,23 @@ _LATEX = (LatexExtractionConfig(boxed_match_priority=0),)
 
 def reward(args: Any, sample: Sample, **kwargs: Any) -> float:
     """1.0 or 0.0. ValueError for a sample without a label. math-verify's own 5 s limits need the main thread."""
+    return float(_equal_to_label(last_boxed(sample.response), sample))
+
+
+def reward_of_answer(args: Any, sample: Sample, **kwargs: Any) -> float:
+    """The same of a response that is the answer alone."""
+    return float(_equal_to_label(sample.response or None, sample))
+
+
+def _equal_to_label(answer: str | None, sample: Sample) -> bool:
     labels = labels_of(sample)
-    answer = last_boxed(sample.response)
     if answer is None:
-        return 0.0
+        return False
     if any(normalise(label) == normalise(answer) for label in labels):
-        return 1.0
+        return True
     formulas = [label for label in labels if not has_words(normalise(label))]
     target = _parse(answer) if formulas else []
-    return float(any(verify(_parse(label), target) for label in formulas))
+    return any(verify(_parse(label), target) for label in formulas)
 
 
 def _parse(answer: str) -> Any:

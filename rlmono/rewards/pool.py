@@ -1,8 +1,8 @@
 """`RewardPool`: scores samples in worker processes, so that no reward can hold up or end the loop that feeds the engines.
 
-A reward that raises, hangs, returns no number or takes its process down is a counted outcome of one sample: reward 0 with a
-remark (`reward_error`, `reward_timeout`, `reward_invalid`, `reward_crashed`). Its worker is replaced when need be; what else
-was sent to it is scored again by the next.
+A reward that raises, hangs, returns no number or takes its process down is a counted outcome of its sample (or group): reward 0
+with a remark (`reward_error`, `reward_timeout`, `reward_out_of_memory`, `reward_invalid`, `reward_crashed`, or the name that a RewardFailure
+has). Its worker is replaced when need be; what else was sent to it is scored again by the next.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ import asyncio
 import dataclasses
 import itertools
 import logging
-from collections import Counter, deque
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from rlmono.config.rewards import REWARD_TYPES
 from rlmono.data.sample import Sample
-from rlmono.rewards import RewardError, reward_path
-from rlmono.rewards.protocol import Outcome, Setup, Task, frame
-from rlmono.rewards.remote import Item, RemoteWorker
+from rlmono.rewards import Judge, RewardError, default_judge, judge_of
+from rlmono.rewards.lane import Lane
+from rlmono.rewards.protocol import ELSEWHERE, Outcome, Setup, Task, frame
+from rlmono.rewards.remote import Item
 
 logger = logging.getLogger(__name__)
-
-RESTARTS = 3
-"""Attempts to replace a worker before the pool gives up."""
 
 
 class RewardResult(NamedTuple):
@@ -35,157 +35,133 @@ class RewardResult(NamedTuple):
 class RewardPool:
     """`args.reward_workers` processes with the reward of `args`; used on one event loop. `start` before `score`, `close` at the end.
 
-    Functions are called as `function(args, sample)`, with the flat config and a copy of the sample: what they change in it stays in the
-    worker. `memory_limit_bytes` bounds a worker's address space. `outcomes` counts remarks (and "ok"), for the metrics.
+    Functions are called as `function(args, sample)`, or `function(args, samples)` of a group, with the flat config and copies of the samples:
+    what they change in them stays in the worker. Sync and async functions have workers of their own, so that neither kind holds up the
+    other; the kind that the options do not name starts when first needed. `outcomes` counts remarks (and "ok") by sample, for the metrics.
     """
 
-    def __init__(self, args: Any, *, memory_limit_bytes: int | None = None) -> None:
+    def __init__(self, args: Any) -> None:
         self.outcomes: Counter[str] = Counter()
         self._args = args
-        self._memory_limit_bytes = memory_limit_bytes
-        self._failed: float | dict[str, Any] = {args.reward_key: 0.0} if args.reward_key else 0.0
-        self._queue: deque[Item] = deque()
-        self._workers: list[RemoteWorker] = []
-        self._tasks: list[asyncio.Task[None]] = []
+        self._lanes: dict[bool, Lane] = {}
+        self._async_paths = {kind.path for kind in REWARD_TYPES.values() if kind.concurrent}
+        self._starting: set[asyncio.Task[None]] = set()
         self._ids = itertools.count()
         self._logged: set[tuple[str | None, str]] = set()
         self._broken: RewardError | None = None
-        self._feeding = False
 
     async def start(self) -> None:
         """Starts the workers and loads the reward in them. RewardError when it cannot be loaded."""
         has_default = self._args.custom_rm_path or self._args.rm_type
-        paths = [reward_path(self._args)] if has_default else []
-        setup = Setup(_flat(self._args), paths, parent=0, memory_limit_bytes=self._memory_limit_bytes)
-        self._workers = [RemoteWorker(setup, self._args.reward_timeout_s) for _ in range(self._args.reward_workers)]
-        started = await asyncio.gather(*(worker.start() for worker in self._workers), return_exceptions=True)
-        problem = next((problem for problem in started if problem is not None), None)
-        if problem is not None:
-            await self.close()
-            raise problem
-        self._tasks = [asyncio.create_task(self._serve(worker)) for worker in self._workers]
-        self._tasks.append(asyncio.create_task(self._watch()))
+        paths = [default_judge(self._args).path] if has_default else []
+        lane = self._new_lane(paths, None if paths else False)
+        await lane.start()
+        self._lanes[lane.concurrent] = lane
+        if lane.concurrent:
+            self._async_paths.update(paths)
 
-    async def score(self, sample: Sample) -> RewardResult:
-        """The reward of a sample: its own, if a generate function has set it, else the function's of `reward_path`.
+    async def score(self, sample: Sample, evaluation: bool = False) -> RewardResult:
+        """The reward of a sample: its own, if a generate function has set it, else the function's of `judge_of`.
 
         RewardError only when there is no reward to call, or no worker comes up any more.
         """
         if sample.reward is not None:
             return RewardResult(sample.reward)
-        if self._broken is not None or not self._tasks:
-            raise self._broken or RewardError("the reward pool is not running: start() comes before score(), close() after")
-        path = reward_path(self._args, sample.metadata)
-        id = next(self._ids)
-        item = Item(id, frame(Task(id, path, sample)), sample.index, asyncio.get_running_loop().create_future())
-        self._queue.append(item)
-        self._feed_soon()
-        outcome = await item.future
-        self.outcomes[outcome.remark or "ok"] += 1
-        if outcome.value is not None:
-            return RewardResult(outcome.value)
-        self._log_once(outcome, item)
-        return RewardResult(dict(self._failed) if isinstance(self._failed, dict) else self._failed, outcome.remark)
+        return (await self._call(judge_of(self._args, sample), [sample], False, evaluation))[0]
+
+    async def score_group(self, samples: Sequence[Sample], evaluation: bool = False) -> list[RewardResult]:
+        """The rewards of a group's samples, in order. A user's function is called once with all samples that it judges, a shipped one
+        with each; samples with a reward of their own keep it, and are there to be compared with."""
+        judges = [judge_of(self._args, sample) for sample in samples]
+        results = {i: RewardResult(sample.reward) for i, sample in enumerate(samples) if sample.reward is not None}
+
+        async def call(judge: Judge) -> None:
+            mine = [i for i, other in enumerate(judges) if other == judge]
+            if any(i not in results for i in mine):
+                for i, result in zip(mine, await self._call(judge, [samples[i] for i in mine], True, evaluation), strict=True):
+                    results.setdefault(i, result)
+
+        async def single(i: int) -> None:
+            results[i] = await self.score(samples[i], evaluation)
+        await asyncio.gather(*(call(judge) for judge in dict.fromkeys(judges) if judge.custom),
+                             *(single(i) for i, judge in enumerate(judges) if not judge.custom))
+        return [results[i] for i in range(len(samples))]
+
+    async def reward(self, samples: Sequence[Sample], evaluation: bool = False, group: bool = False) -> None:
+        """Gives each sample its reward, and a remark where there is none to be had; with `group`, as `score_group` does."""
+        if group:
+            results = await self.score_group(samples, evaluation)
+        else:
+            results = await asyncio.gather(*(self.score(sample, evaluation) for sample in samples))
+        for sample, result in zip(samples, results, strict=True):
+            sample.reward = result.value
+            if result.remark:
+                sample.remarks = [*sample.remarks, result.remark]
 
     async def close(self, timeout_s: float = 5.0) -> None:
         """Ends the workers; those that have not ended after `timeout_s` are killed. Waiting `score` calls get a RewardError."""
-        tasks, self._tasks = self._tasks, []
-        for task in tasks:
+        for task in self._starting:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.gather(*(worker.stop(timeout_s) for worker in self._workers))
+        await asyncio.gather(*self._starting, return_exceptions=True)
+        await asyncio.gather(*(lane.close(timeout_s) for lane in self._lanes.values()))
         self._break(RewardError("the reward pool was closed before this sample was scored"))
 
-    def _feed_soon(self) -> None:
-        """Once for all samples that are queued in this turn of the loop."""
-        if not self._feeding:
-            self._feeding = True
-            asyncio.get_running_loop().call_soon(self._feed)
+    async def _call(self, judge: Judge, samples: list[Sample], group: bool, evaluation: bool) -> list[RewardResult]:
+        if self._broken is not None or not self._lanes:
+            raise self._broken or RewardError("the reward pool is not running: start() comes before score(), close() after")
+        key = self._key(evaluation)
+        task = Task(next(self._ids), judge.path, samples, group, judge.boxed, key)
+        outcome = await self._ask(task)
+        if outcome.remark == ELSEWHERE:
+            self._async_paths.add(judge.path)
+            outcome = await self._ask(task)
+        if outcome.remark:
+            self._log_once(outcome, samples)
+        values = outcome.values or [None] * len(samples)
+        self.outcomes.update((outcome.remark or "ok") if value is None else "ok" for value in values)
+        return [RewardResult(value) if value is not None else RewardResult({key: 0.0} if key else 0.0, outcome.remark) for value in values]
 
-    def _feed(self) -> None:
-        """Hands queued samples to the workers, evenly, as far as they have room."""
-        self._feeding = False
-        shares: dict[RemoteWorker, list[Item]] = {worker: [] for worker in self._workers}
-        rooms = {worker: worker.room for worker in self._workers}
-        while self._queue:
-            if self._queue[0].future.done():        # cancelled
-                self._queue.popleft()
-                continue
-            if self._queue[0].suspect:
-                idle = next((worker for worker in shares if worker.idle and not shares[worker]), None)
-                if idle is None:
-                    break
-                idle.send([self._queue.popleft()])
-                rooms[idle] = 0
-                continue
-            worker = max(rooms, key=rooms.__getitem__)
-            if rooms[worker] <= 0:
-                break
-            shares[worker].append(self._queue.popleft())
-            rooms[worker] -= 1
-        for worker, items in shares.items():
-            worker.send(items)
+    async def _ask(self, task: Task) -> Outcome:
+        item = Item(task.id, frame(task), asyncio.get_running_loop().create_future())
+        self._lane(task.path in self._async_paths).submit(item)
+        return await item.future
 
-    async def _serve(self, worker: RemoteWorker) -> None:
-        """Takes in a worker's outcomes; when it dies, settles what it was doing and replaces it."""
-        try:
-            while True:
-                while outcomes := await worker.receive():
-                    for item, outcome in outcomes:
-                        _settle(item, outcome)
-                    self._feed_soon()
-                culprits, others, death = await worker.bury()
-                for item in culprits:
-                    _settle(item, Outcome(item.id, remark=death.remark, where=death.detail, detail=death.detail))
-                self._queue.extendleft(reversed(others))
-                await self._restart(worker)
-                self._feed_soon()
-        except Exception as error:
-            if isinstance(error, RewardError):
-                return self._break(error)
-            self._break(RewardError(f"the reward pool failed: {type(error).__name__}: {error}"))
-            raise
+    def _lane(self, concurrent: bool) -> Lane:
+        """The workers of that kind; they are started when they are first needed, and until then tasks wait in the queue."""
+        if concurrent not in self._lanes:
+            lane = self._lanes[concurrent] = self._new_lane([], concurrent)
 
-    async def _restart(self, worker: RemoteWorker) -> None:
-        for attempt in range(1, RESTARTS + 1):
-            try:
-                return await worker.start()
-            except RewardError as error:
-                logger.warning("a reward worker did not come up again (attempt %d of %d): %s", attempt, RESTARTS, error)
-                if attempt == RESTARTS:
-                    raise
-                await asyncio.sleep(attempt)
+            async def start() -> None:
+                try:
+                    await lane.start()
+                except RewardError as error:
+                    self._break(error)
+            task = asyncio.create_task(start())
+            self._starting.add(task)
+            task.add_done_callback(self._starting.discard)
+        return self._lanes[concurrent]
 
-    async def _watch(self) -> None:
-        """Kills workers whose reward is overdue at two looks in a row: after the first, the loop has read what had come in."""
-        interval = min(0.25, self._args.reward_timeout_s / 4)
-        suspects: set[int] = set()
-        while True:
-            await asyncio.sleep(interval)
-            overdue = {worker: worker.overdue() for worker in self._workers}
-            for worker, ids in overdue.items():
-                if ids & suspects:
-                    worker.kill_for(ids)
-            suspects = set().union(*overdue.values())
+    def _new_lane(self, paths: list[str], concurrent: bool | None) -> Lane:
+        args = self._args
+        limit = int(args.reward_memory_limit_gb * (1 << 30)) or None
+        setup = Setup(_flat(args), paths, memory_limit_bytes=limit, concurrent=concurrent)
+        return Lane(setup, args.reward_timeout_s, args.reward_workers, args.reward_concurrency, self._break)
+
+    def _key(self, evaluation: bool) -> str | None:
+        return (self._args.eval_reward_key if evaluation else None) or self._args.reward_key
 
     def _break(self, error: RewardError) -> None:
         self._broken = self._broken or error
-        for item in [*self._queue, *(item for worker in self._workers for item in worker.in_flight.values())]:
-            if not item.future.done():
-                item.future.set_exception(error)
-        self._queue.clear()
+        for lane in self._lanes.values():
+            lane.fail(error)
 
-    def _log_once(self, outcome: Outcome, item: Item) -> None:
+    def _log_once(self, outcome: Outcome, samples: list[Sample]) -> None:
         key = (outcome.remark, outcome.where)
         if key not in self._logged:
             self._logged.add(key)
-            logger.warning("%s at sample %d (reward 0; counted, and not shown again for this cause): %s", outcome.remark, item.sample_index,
+            logger.warning("%s at sample %d%s (reward 0; counted, and not shown again for this cause): %s", outcome.remark, samples[0].index,
+                           f" and {len(samples) - 1} others of its group" if len(samples) > 1 else "",
                            outcome.detail or f"no answer within --reward-timeout-s {self._args.reward_timeout_s:g}")
-
-
-def _settle(item: Item, outcome: Outcome) -> None:
-    if not item.future.done():
-        item.future.set_result(outcome)
 
 
 def _flat(args: Any) -> dict[str, Any]:

@@ -19,9 +19,11 @@ class Setup(msgspec.Struct, array_like=True):
     args: dict[str, Any]
     paths: list[str]
     """Functions to load before the first sample."""
-    parent: int
+    parent: int = 0
     """Process id; a worker never outlives it."""
     memory_limit_bytes: int | None = None
+    concurrent: bool | None = None
+    """Whether the worker is for async functions. None: for those of `paths`, whichever they are."""
 
 
 class Ready(msgspec.Struct, array_like=True):
@@ -33,18 +35,27 @@ class Ready(msgspec.Struct, array_like=True):
 
 
 class Task(msgspec.Struct, array_like=True):
-    """One sample to score with the function at `path`."""
+    """A call of the function at `path`: with the one sample, or with `group`, the list of all."""
 
     id: int
     path: str
-    sample: Sample
+    samples: list[Sample]
+    group: bool = False
+    boxed: bool = False
+    """The function gets the responses' boxes instead of the responses."""
+    key: str | None = None
+    """Where the number is when the function returns a dict."""
+
+
+ELSEWHERE = "elsewhere"
+"""The remark of an Outcome which says that the function is async, so it belongs to another worker."""
 
 
 class Outcome(msgspec.Struct, array_like=True):
-    """A worker's result of a Task: a value, or a remark and what went wrong."""
+    """A worker's result of a Task: a value for each sample, None where there is none because of `remark`."""
 
     id: int
-    value: None | float | dict[str, Any] = None
+    values: list[None | float | dict[str, Any]] = []
     remark: str | None = None
     where: str = ""
     """Tells errors apart: exception type and line."""

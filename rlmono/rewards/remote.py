@@ -1,4 +1,4 @@
-"""`RemoteWorker`: the pool's end of one worker process: start, samples out, outcomes in, and its death."""
+"""`RemoteWorker`: the pool's end of one worker process: start, tasks out, outcomes in, and its death."""
 
 from __future__ import annotations
 
@@ -20,9 +20,7 @@ logger = logging.getLogger(__name__)
 START_TIMEOUT_S = 120.0
 """For a worker to start and import its reward."""
 AHEAD = 8
-"""Samples at a worker that takes one after the other: enough to hide the way, few enough that a slow one holds up little."""
-AT_ONCE = 64
-"""Samples at a worker whose reward is async."""
+"""Tasks at a worker that takes one after the other: enough to hide the way, few enough that a slow one holds up little."""
 GRACE_S = 1.0
 """What an async worker gets beyond the deadline to end an overdue reward by itself."""
 
@@ -30,12 +28,12 @@ _decode_outcome = msgspec.msgpack.Decoder(Outcome).decode
 
 
 class Item:
-    """A sample on its way: its frame, who waits for it, and what happened to it."""
+    """A task on its way, with a sample or a group: its frame, who waits for it, and what happened to it."""
 
-    __slots__ = ("id", "data", "sample_index", "future", "sent_at", "suspect")
+    __slots__ = ("id", "data", "future", "sent_at", "suspect")
 
-    def __init__(self, id: int, data: bytes, sample_index: int, future: asyncio.Future[Outcome]) -> None:
-        self.id, self.data, self.sample_index, self.future = id, data, sample_index, future
+    def __init__(self, id: int, data: bytes, future: asyncio.Future[Outcome]) -> None:
+        self.id, self.data, self.future = id, data, future
         self.sent_at = 0.0
         self.suspect = False
         """A worker died while it worked on this one and others."""
@@ -49,14 +47,17 @@ class Death(NamedTuple):
 
 
 class RemoteWorker:
-    """One worker process, and the next after its death. `in_flight` has the samples sent and not answered, oldest first."""
+    """One worker process, and the next after its death. `in_flight` has the tasks sent and not answered, oldest first.
 
-    def __init__(self, setup: Setup, timeout_s: float) -> None:
+    A worker for async rewards (`concurrent`) gets `at_once` tasks at a time.
+    """
+
+    def __init__(self, setup: Setup, timeout_s: float, at_once: int) -> None:
         self.in_flight: dict[int, Item] = {}
-        self._setup, self._timeout_s = setup, timeout_s
+        self.concurrent = False
+        self._setup, self._timeout_s, self._at_once = setup, timeout_s, at_once
         self._process: asyncio.subprocess.Process | None = None
         self._buffer = bytearray()
-        self._concurrent = False
         self._ready = False
         self._answered_at = 0.0
         self._condemned: set[int] = set()
@@ -83,14 +84,14 @@ class RemoteWorker:
             if ready is not None:
                 raise RewardError(f"the reward cannot be loaded: {ready.problem}")
             raise RewardError(f"a reward worker died while it imported {_functions(self._setup)}: {death.detail}; its output says more")
-        self._concurrent, self._ready = ready.concurrent, True
+        self.concurrent, self._ready = ready.concurrent, True
 
     @property
     def room(self) -> int:
         """How many more samples may be sent now. A suspect is worked on alone."""
         if not self._ready or any(item.suspect for item in self.in_flight.values()):
             return 0
-        return (AT_ONCE if self._concurrent else AHEAD) - len(self.in_flight)
+        return (self._at_once if self.concurrent else AHEAD) - len(self.in_flight)
 
     @property
     def idle(self) -> bool:
@@ -121,7 +122,7 @@ class RemoteWorker:
     def overdue(self) -> set[int]:
         """The samples whose reward runs for longer than its deadline."""
         now = time.monotonic()
-        if self._concurrent:
+        if self.concurrent:
             return {item.id for item in self.in_flight.values() if now > item.sent_at + self._timeout_s + GRACE_S}
         running = next(iter(self.in_flight.values()), None)
         late = running is not None and now > max(running.sent_at, self._answered_at) + self._timeout_s
@@ -145,7 +146,7 @@ class RemoteWorker:
             culprits = [item for item in items if item.id in self._condemned]
             death = Death("reward_timeout", "")
         else:
-            running = items if self._concurrent else items[:1]
+            running = items if self.concurrent else items[:1]
             culprits = running if len(running) == 1 else []
             for item in running:
                 item.suspect = True

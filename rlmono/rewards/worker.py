@@ -1,13 +1,14 @@
 """A reward worker: `python -m rlmono.rewards.worker`, started by the pool, which talks to it over stdin and stdout.
 
-It imports only what its reward imports. Rewards run in the main thread (math-verify's limits are signals); an async
-reward works on many samples at once. What a reward prints goes to stderr. The worker ends with its parent.
+It imports only what its reward imports. Rewards run in the main thread (math-verify's limits are signals); a worker for async
+rewards works on many samples at once. What a reward prints goes to stderr. The worker ends with its parent.
 """
 
 from __future__ import annotations
 
 import asyncio
 import ctypes
+import faulthandler
 import inspect
 import logging
 import math
@@ -22,8 +23,10 @@ from typing import Any, BinaryIO
 
 import msgspec
 
+from rlmono.rewards import RewardFailure
+from rlmono.rewards.answers import last_boxed
 from rlmono.rewards.load import LoadError, load_function
-from rlmono.rewards.protocol import LENGTH, Outcome, Ready, Setup, Task, frame
+from rlmono.rewards.protocol import ELSEWHERE, LENGTH, Outcome, Ready, Setup, Task, frame
 
 _decode_task = msgspec.msgpack.Decoder(Task).decode
 _PR_SET_PDEATHSIG = 1
@@ -37,19 +40,27 @@ def main() -> None:
         return
     setup = msgspec.msgpack.decode(first, type=Setup)
     _die_with(setup.parent)
-    if setup.memory_limit_bytes is not None:
-        resource.setrlimit(resource.RLIMIT_AS, (setup.memory_limit_bytes, setup.memory_limit_bytes))
+    _limit(setup.memory_limit_bytes)
     args = SimpleNamespace(**setup.args)
     try:
-        concurrent = any([_is_async(load_function(path)) for path in setup.paths])
+        functions = [load_function(path) for path in setup.paths]
     except LoadError as error:
         _write(outbox, Ready(problem=str(error)))
         return
+    concurrent = any(map(_is_async, functions)) if setup.concurrent is None else setup.concurrent
     _write(outbox, Ready(concurrent))
     if concurrent:
         asyncio.run(_serve_concurrently(inbox, outbox, args))
     else:
         _serve_in_turn(inbox, outbox, args)
+
+
+def _limit(memory_bytes: int | None) -> None:
+    """What the process and each of its children may write to in memory; and a crash shows where, but leaves no core file."""
+    faulthandler.enable()
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if memory_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
 
 
 def _serve_in_turn(inbox: BinaryIO, outbox: BinaryIO, args: Any) -> None:
@@ -77,12 +88,14 @@ async def _answer(task: Task, outbox: BinaryIO, args: Any) -> None:
 
 
 def _score(task: Task, args: Any) -> Outcome:
-    """Runs a sync reward (or, of rewards of both kinds, an async one by itself)."""
     try:
-        result = load_function(task.path)(args, task.sample)
+        function = load_function(task.path)
+        if _is_async(function):
+            return Outcome(task.id, remark=ELSEWHERE)
+        result = function(args, _argument(task))
         if inspect.isawaitable(result):
             result = asyncio.run(_wait(result))
-        return _outcome(task.id, result, args.reward_key)
+        return _outcome(task, result)
     except BaseException as error:      # also SystemExit: a reward must not end its worker unseen
         return _failure(task.id, error)
 
@@ -91,8 +104,8 @@ async def _score_async(task: Task, args: Any) -> Outcome:
     limit = asyncio.timeout(args.reward_timeout_s)
     try:
         async with limit:
-            result = load_function(task.path)(args, task.sample)
-            return _outcome(task.id, await result if inspect.isawaitable(result) else result, args.reward_key)
+            result = load_function(task.path)(args, _argument(task))
+            return _outcome(task, await result if inspect.isawaitable(result) else result)
     except BaseException as error:
         if limit.expired():     # not a TimeoutError of the reward's own
             return Outcome(task.id, remark="reward_timeout")
@@ -103,22 +116,44 @@ async def _wait(result: Any) -> Any:
     return await result
 
 
-def _outcome(id: int, result: Any, key: str | None) -> Outcome:
-    """A reward's result as Outcome: a finite number, or a dict that has one at `--reward-key`."""
+def _argument(task: Task) -> Any:
+    """What the function gets besides args: the sample, or the list of a group's."""
+    if task.boxed:
+        for sample in task.samples:
+            sample.response = last_boxed(sample.response) or ""
+    return task.samples if task.group else task.samples[0]
+
+
+def _outcome(task: Task, result: Any) -> Outcome:
+    """A function's result as Outcome: a value for the sample, or, of a group, one for each in order."""
+    if not task.group:
+        results = [result]
+    else:
+        results = list(result.tolist() if hasattr(result, "tolist") else result) if _is_sequence(result) else []
+        if len(results) != len(task.samples):
+            problem = f"is no list of {len(task.samples)} values, one for each sample of the group"
+            return Outcome(task.id, remark="reward_invalid", where=problem, detail=f"the reward {problem}: {result!r:.300}")
+    values, problems = zip(*(_value(result, task.key) for result in results), strict=True)
+    i = next((i for i, problem in enumerate(problems) if problem), None)
+    if i is None:
+        return Outcome(task.id, list(values))
+    return Outcome(task.id, list(values), remark="reward_invalid", where=problems[i], detail=f"the reward {problems[i]}: {results[i]!r:.300}")
+
+
+def _is_sequence(result: Any) -> bool:
+    return isinstance(result, (list, tuple)) or getattr(result, "ndim", None) == 1
+
+
+def _value(result: Any, key: str | None) -> tuple[None | float | dict[str, Any], str]:
+    """(value, what is wrong with it): a finite number, or a dict that has one at `key`."""
     if not isinstance(result, dict):
         value = _number(result)
-        return Outcome(id, value) if value is not None else _invalid(id, result, "is no finite number")
+        return value, "" if value is not None else "is no finite number"
     result = {str(k): v for k, v in result.items()}
     if key is None:
-        return _invalid(id, result, "is a dict; name the key of its number with --reward-key")
+        return None, "is a dict; name the key of its number with --reward-key"
     value = _number(result.get(key))
-    if value is None:
-        return _invalid(id, result, f"has no finite number at {key!r} (--reward-key)")
-    return Outcome(id, {**result, key: value})
-
-
-def _invalid(id: int, result: Any, problem: str) -> Outcome:
-    return Outcome(id, remark="reward_invalid", where=problem, detail=f"the reward {problem}: {result!r:.300}")
+    return ({**result, key: value}, "") if value is not None else (None, f"has no finite number at {key!r} (--reward-key)")
 
 
 def _number(value: Any) -> float | None:
@@ -129,9 +164,13 @@ def _number(value: Any) -> float | None:
 
 
 def _failure(id: int, error: BaseException) -> Outcome:
+    if isinstance(error, RewardFailure):
+        return Outcome(id, remark=error.remark, detail=error.detail or str(error))
     last = traceback.extract_tb(error.__traceback__)[-1]
-    return Outcome(id, remark="reward_error", where=f"{type(error).__name__} at {last.filename}:{last.lineno}",
-                   detail="".join(traceback.format_exception(error))[-10_000:])
+    out_of_memory = isinstance(error, MemoryError)
+    return Outcome(id, remark="reward_out_of_memory" if out_of_memory else "reward_error",
+                   where=f"{type(error).__name__} at {last.filename}:{last.lineno}",
+                   detail=("above --reward-memory-limit-gb: " if out_of_memory else "") + "".join(traceback.format_exception(error))[-10_000:])
 
 
 def _is_async(function: Callable[..., Any]) -> bool:

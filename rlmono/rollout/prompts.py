@@ -13,9 +13,7 @@ from rlmono.data.prompts import Source, open_source
 from rlmono.data.rows import DataError, Prompt, Rules
 from rlmono.data.sample import COMPLETED, Group, Sample
 from rlmono.data.tokenizer import Tokenizer
-
-LABELLED = ("deepscaler", "math")
-"""Rewards that compare with a label."""
+from rlmono.rewards import check_prompt, label_required
 
 
 class Prompts:
@@ -37,7 +35,8 @@ class Prompts:
         sft = c.loss_type == "sft"
         limit = c.rollout_max_prompt_len if limited else None
         rules = Rules(input_key=input_key, label_key=label_key, metadata_key=c.metadata_key, tool_key=c.tool_key,
-                      label_required=not sft and c.custom_rm_path is None and c.rm_type in LABELLED, skip_bad_rows=c.skip_bad_rows,
+                      label_required=not sft and label_required(c), skip_bad_rows=c.skip_bad_rows,
+                      check=None if sft else lambda prompt: check_prompt(c, prompt.label, prompt.metadata),
                       length_limit=limit, length_of=self._length)
         # An evaluation goes through all rows, and in order: they are checked at start whatever the size.
         return open_source(path, rules, c.lazy_data_above_mb * 10**6) if limited else open_source(path, rules, sys.maxsize)

@@ -283,6 +283,11 @@ def test_wrong_env_file(small: Callable[..., Config], tmp_path: Path) -> None:
     ("--rollout-max-response-len 40960", "rollout_max_response_len 40960 leaves no room for a prompt"),
     ("--save-interval 5", "save_interval 5 needs --save"),
     ("--min-lr 1", "min_lr 1 is above lr 1e-06"),
+    ("--rm-type remote_rm", "rm_type remote_rm needs --rm-url"), ("--rm-url host:80", "rm_url host:80 is not an http:// or https:// address"),
+    ("--rm-type dapo", "rm_type dapo returns a dict: name the key of its number with --reward-key score"),
+    ("--rm-type boxed_dapo --reward-key points", "reward_key points: rm_type boxed_dapo has score and acc"),
+    ("--rm-type dapo --reward-key score --eval-reward-key pred", "eval_reward_key pred: rm_type dapo has score and acc"),
+    ("--rm-type maths", "must be one of deepscaler, dapo, math, f1, gpqa, ifbench, remote_rm, random, boxed_deepscaler"),
 ])
 def test_contradictions(small: Callable[..., Config], flags: str, part: str) -> None:
     assert len([line for line in problems(lambda: small(flags)) if part in line]) == 1
@@ -306,6 +311,19 @@ def test_the_prompts_may_name_their_reward(small: Callable[..., Config], tmp_pat
     rows = tmp_path / "rows.jsonl"
     rows.write_text('\n{"input": "1", "metadata": {"rm_type": "math"}}\n')
     assert small(f"--prompt-data {rows}", without="--rm-type --label-key").rm_type is None
+
+
+@pytest.mark.parametrize("flags, without", [
+    ("--rm-type gpqa", "--label-key"), ("--rm-type ifbench", "--label-key"), ("--rm-type random", "--label-key"),
+    ("--rm-type remote_rm --rm-url http://judge:80/score", "--label-key"), ("--custom-rm-path json.loads --rm-type dapo", "--label-key"),
+    ("--custom-generate-function-path json.loads", "--rm-type --label-key"), ("--rm-type dapo --reward-key acc --eval-reward-key score", "")])
+def test_rewards_that_need_no_label(small: Callable[..., Config], flags: str, without: str) -> None:
+    assert small(flags, without=without).reward_timeout_s == 30.0
+
+
+def test_group_rewards_are_a_users_own(small: Callable[..., Config]) -> None:
+    assert any("group_rm is for functions of --custom-rm-path" in note for note in small("--group-rm").notes)
+    assert not any("group_rm" in note for note in small("--group-rm --custom-rm-path json.loads").notes)
 
 
 def test_sft_needs_neither_reward_nor_engines(small: Callable[..., Config]) -> None:
