@@ -415,8 +415,8 @@ def test_sync_and_async_rewards_do_not_hold_each_other_up(use: Callable[..., Non
         results = await asyncio.gather(*jobs)
         assert [r.remark for r in results] == ["reward_timeout"] + [None] * 40
     hang = Sample(response="hang", custom_rm_path=f"{tmp_path}/mine.py:plain")
-    use(lambda pool: body(pool, "waits", hang), "plain")
-    use(lambda pool: body(pool, "plain", hang), "waits")
+    use(lambda pool: body(pool, "waits", hang), "plain", reward_timeout_s=3.0)
+    use(lambda pool: body(pool, "plain", hang), "waits", reward_timeout_s=3.0)
 
 
 def test_a_function_of_a_sample_that_cannot_be_loaded_costs_the_sample(use: Callable[..., None]) -> None:
