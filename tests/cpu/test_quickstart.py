@@ -19,7 +19,7 @@ SEED = 1
 def launch(folder: Path, recipe: str, *options: str) -> str:
     """Run a recipe of configs/recipes to its end; what its console shows."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("RLMONO_")}
-    environ = inherited | {"QUICKSTART": str(folder), "RLMONO_VENV": sys.prefix}
+    environ = inherited | {"QUICKSTART": str(folder), "CALCULATOR": str(folder), "RLMONO_VENV": sys.prefix}
     command = [ROOT / "launch" / "run.sh", "--env-file", ROOT / "configs" / "recipes" / recipe, *options]
     done = subprocess.run(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900)
     assert done.returncode == 0, done.stdout
