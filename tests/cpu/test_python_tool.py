@@ -45,7 +45,8 @@ HELD = {
     "files": ["open('/etc/passwd')", "open('/proc/1/environ')", "open({victim!r})", "open('/tmp/left-behind', 'w')",
               "import os; os.unlink({victim!r})", "import os; os.listdir('/')"],
     "calls": ["import os; os.fork()", "import socket; socket.socket()", "import os; os.kill(os.getppid(), 0)",
-              "import os; os.execv('/bin/ls', ['ls'])", "import subprocess; subprocess.run(['ls'])", "import multiprocessing as m; m.Process(target=print).start()"],
+              "import os; os.execv('/bin/ls', ['ls'])", "import subprocess; subprocess.run(['ls'])",
+              "import multiprocessing as m; m.Process(target=print).start()"],
     "limits": ["import resource; resource.setrlimit(resource.RLIMIT_CPU, (999, 999))"],
 }
 
