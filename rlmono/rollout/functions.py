@@ -64,8 +64,8 @@ async def make_samples(function: Function, config: Config, sample: Sample, sampl
     """One call: the samples that it returned, checked. Raises SampleFailed."""
     if not sample.tokens:
         raise SampleFailed("prompt_empty", "the prompt tokenises to nothing")
-    if len(sample.tokens) >= context_length(config):
-        raise SampleFailed("prompt_too_long", f"the prompt has {len(sample.tokens)} tokens, and the context ends at {context_length(config)}; "
+    if sample.prompt_length >= context_length(config):
+        raise SampleFailed("prompt_too_long", f"the prompt has {sample.prompt_length} tokens, and the context ends at {context_length(config)}; "
                            "drop such prompts with --rollout-max-prompt-len")
     deadline = asyncio.timeout(config.generate_timeout_s)
     try:
