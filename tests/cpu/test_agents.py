@@ -73,9 +73,9 @@ def test_the_sample_has_the_tokens_of_every_call(run: Path) -> None:
 
 def test_a_string_ends_a_turn(run: Path) -> None:
     stopped = [c for row in calls(run) for c in row["calls"] if c["stop"] == ["1", "a"] and c["finish"] == "stop"]
-    ends = {calculator.LANGUAGE.vocabulary[c["wrote"][-1]] for c in stopped}
-    assert {"1", "a"} & ends and ends <= {"1", "a", "<|end|>"}
-    assert all(not {"1", "a"} & {calculator.LANGUAGE.vocabulary[t] for t in c["wrote"][:-1]} for c in stopped)
+    ending = [t for t in calculator.LANGUAGE.vocabulary if "1" in t or "a" in t or t == "<|end|>"]     # `<calc>` too
+    words = [[calculator.LANGUAGE.vocabulary[t] for t in c["wrote"]] for c in stopped]
+    assert {"1", "a"} & {last for *_, last in words} and all(last in ending and not set(before) & set(ending) for *before, last in words)
 
 
 def test_the_trainer_agrees_with_the_engine_on_what_the_model_wrote(run: Path) -> None:
