@@ -25,7 +25,7 @@ def build_optimizer(config: Config, dtype: torch.dtype, chunks: list[Distributed
         optimizer=config.optimizer, lr=config.lr, min_lr=config.min_lr, weight_decay=config.weight_decay, adam_beta1=config.adam_beta1,
         adam_beta2=config.adam_beta2, adam_eps=config.adam_eps, clip_grad=config.clip_grad, bf16=dtype == torch.bfloat16,
         params_dtype=dtype, use_distributed_optimizer=True)
-    if config.optimizer_cpu_offload and torch.cuda.is_available():
+    if in_host_memory(config):
         # Megatron's offload takes the road of the precision-aware optimizer: without, fp32 weights stay on the GPU, and new ones aren't seen.
         values.update(optimizer_cpu_offload=True, optimizer_offload_fraction=1.0, use_precision_aware_optimizer=True,
                       overlap_cpu_optimizer_d2h_h2d=config.overlap_cpu_optimizer_d2h_h2d)
@@ -36,6 +36,11 @@ def build_optimizer(config: Config, dtype: torch.dtype, chunks: list[Distributed
     for single in singles(optimizer):
         _allocate_adam_state(single.optimizer)
     return optimizer
+
+
+def in_host_memory(config: Config) -> bool:
+    """Whether Adam is to be somewhere else than the weights."""
+    return config.optimizer_cpu_offload and torch.cuda.is_available()
 
 
 def singles(optimizer: Any) -> list[Any]:

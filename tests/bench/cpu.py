@@ -2,7 +2,7 @@
 
 Its parts, all by default: `numbers` runs the worlds of tests/cpu (trainer and engine against transformers, and against
 each other); `quickstart` runs the quickstart and finds where the time of its rollouts goes; `loss` and `convert` measure peak
-memory (memory.py). The machine should do nothing else.
+memory (memory.py); `save` how long a checkpoint stops the loop (saves.py). The machine should do nothing else.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ def main() -> int:
     sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "bench"), str(ROOT / "tests" / "cpu")]
     import figures
     import memory
+    import saves
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    every = {"numbers": numbers, "quickstart": quickstart, "loss": memory.loss_figures, "convert": memory.convert_figures}
+    every = {"numbers": numbers, "quickstart": quickstart, "loss": memory.loss_figures, "convert": memory.convert_figures,
+             "save": saves.save_figures}
     parser.add_argument("parts", nargs="*", default=[*every], help=f"{', '.join(every)}; the others' figures are kept")
     parts = parser.parse_args().parts
     path = figures.FOLDER / "cpu.json"

@@ -174,6 +174,69 @@ def case_a_gradient_that_is_not_finite_on_one_rank() -> None:
         assert same(everything(undisturbed), everything(trainer)), f"{name}: the step after it is another"
 
 
+# ---------------------------------------------------------------- Adam in host memory
+
+def bf16(steps: int, **options: Any) -> Any:
+    """A trainer in bf16 after so many steps."""
+    from megatron.core import parallel_state
+
+    from rlmono.trainer.trainer import Trainer
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    config = tiny.make_config(FOLDER / "untied", loss_type="sft", lr=1e-2, adam_eps=1e-3, weight_decay=0.1, clip_grad=1.0, **options)
+    trainer = Trainer(config, torch.bfloat16, 10)
+    trainer.load_hf(FOLDER / "untied")
+    step_on(trainer, steps)
+    return trainer
+
+
+def step_on(trainer: Any, steps: int) -> list[dict[str, float]]:
+    batch = tiny.make_samples()
+    again = tiny.batch(batch, tiny.step(tiny.share(trainer, [batch[:3], batch[3:]]), batch))
+    return [trainer.train(again) for _ in range(steps)]
+
+
+def as_if_on_gpus(plain: Any) -> Any:
+    """Megatron's hybrid optimizer deals weights by where they are; here all of them are to count as weights of a GPU."""
+    def dealt(self: Any, fraction: float) -> Any:
+        on_cpu, on_gpu, _, _, fp32 = plain(self, fraction)
+        return on_cpu, on_gpu, dict(fp32), {copy: p for p, copy in fp32.items()}, fp32
+    return dealt
+
+
+def case_adam_in_host_memory() -> dict[str, float]:
+    """The road of the GPU, but for the copies: the steps of Adam beside the weights, and a checkpoint that either goes on from."""
+    from megatron.core.optimizer.cpu_offloading.hybrid_optimizer import HybridDeviceOptimizer
+
+    from rlmono.checkpoint import torch_dist
+    from rlmono.trainer import optimizer
+    kept = optimizer.in_host_memory, HybridDeviceOptimizer._get_sub_optimizer_param_groups
+    offload, furthest = dict(optimizer_cpu_offload=True, overlap_cpu_optimizer_d2h_h2d=True), 0.0
+    try:
+        optimizer.in_host_memory = lambda config: config.optimizer_cpu_offload
+        HybridDeviceOptimizer._get_sub_optimizer_param_groups = as_if_on_gpus(kept[1])
+        for name, layout in {"dp2": {}, "tp2": TP2_SP}.items():
+            start, beside, hosted = bf16(0, **layout), bf16(3, **layout), bf16(3, **layout, **offload)
+            assert isinstance(hosted.optimizers[0].optimizer, HybridDeviceOptimizer)
+            first, expected, found = (torch_dist._adam(t) for t in (start, beside, hosted))
+            moved = max(float((x - first[k]).norm() / first[k].norm()) for k, x in expected.items() if "fp32_param" in k)
+            furthest = max(furthest, *(float((x - expected[k]).norm() / expected[k].norm()) for k, x in found.items()))
+            assert moved > 1e-2 and furthest <= 1e-4, (name, moved, furthest)
+            torch_dist.save(hosted, FOLDER / f"hosted-{name}")
+            saved = {k: x.clone() for k, x in found.items()}
+            step_on(hosted, 1)
+            for again in (bf16(0, **layout, **offload), bf16(0, **layout)):
+                torch_dist.load(again, FOLDER / f"hosted-{name}", with_optimizer=True)
+                assert all(torch.equal(x, saved[k]) for k, x in torch_dist._adam(again).items()), f"{name}: not what was saved"
+                step_on(again, 1)
+                after = torch_dist._adam(again)
+                apart = max(float((x - after[k]).norm() / x.norm()) for k, x in torch_dist._adam(hosted).items())
+                assert apart <= (1e-4 if again.config.optimizer_cpu_offload is False else 0), (name, apart)
+    finally:
+        optimizer.in_host_memory, HybridDeviceOptimizer._get_sub_optimizer_param_groups = kept
+    return {"difference": furthest}
+
+
 # ---------------------------------------------------------------- checkpoints in the background
 
 def case_a_checkpoint_is_of_the_moment_of_its_copy() -> None:
