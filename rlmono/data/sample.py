@@ -33,15 +33,17 @@ class Sample(msgspec.Struct, omit_defaults=True):
     status: str = PENDING
     metadata: dict[str, Any] = {}
     tools: Optional[list[dict[str, Any]]] = None
+    rm_type: Optional[str] = None
+    """The sample's own reward by name, and below by path and with the key of its number: they come before the options and the metadata.
+    An eval set or a generate function sets them."""
     custom_rm_path: Optional[str] = None
-    """The function that judges this sample, before all options; a generate function or an eval set may set it."""
+    reward_key: Optional[str] = None
     remarks: list[str] = []
     """Counted, named outcomes that are worth a line in the metrics: `reward_timeout`, `reward_error`, …"""
 
-    def get_reward_value(self, args: Any, evaluation: bool = False) -> float:
-        """The reward as a number: itself, or its `--reward-key` entry (in an evaluation, `--eval-reward-key` where that is set)."""
-        key = (evaluation and args.eval_reward_key) or args.reward_key
-        value = self.reward[key] if isinstance(self.reward, dict) else self.reward
+    def get_reward_value(self, args: Any) -> float:
+        """The reward as a number: itself, or the entry of its `reward_key`, else of `--reward-key`."""
+        value = self.reward[self.reward_key or args.reward_key] if isinstance(self.reward, dict) else self.reward
         if value is None:
             raise ValueError(f"sample {self.index} has no reward yet")
         return float(value)

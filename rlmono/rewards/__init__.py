@@ -34,13 +34,13 @@ class Judge(NamedTuple):
 
 
 def judge_of(args: Any, sample: Sample) -> Judge:
-    """What judges a sample: its own `custom_rm_path`, else `--custom-rm-path`, else its metadata's `rm_type`, else `--rm-type`.
+    """What judges a sample: its own `custom_rm_path` or `rm_type`, else `--custom-rm-path`, else its metadata's `rm_type`, else `--rm-type`.
 
     RewardError when there is none, or none of that name.
     """
     if sample.custom_rm_path:
         return Judge(sample.custom_rm_path, custom=True)
-    return default_judge(args, sample.metadata)
+    return _judge(sample.rm_type, "rm_type of the sample") if sample.rm_type else default_judge(args, sample.metadata)
 
 
 def default_judge(args: Any, metadata: Mapping[str, Any] | None = None) -> Judge:
@@ -50,8 +50,12 @@ def default_judge(args: Any, metadata: Mapping[str, Any] | None = None) -> Judge
     name, source = _named(args, metadata)
     if not name:
         raise RewardError("there is no reward: set --rm-type or --custom-rm-path, or give each sample an rm_type in its metadata")
-    boxed = isinstance(name, str) and name.startswith(BOXED)
+    return _judge(name, source)
+
+
+def _judge(name: Any, source: str) -> Judge:
     kind = _type(name, source)
+    boxed = name.startswith(BOXED)
     return Judge(kind.answer_path if boxed and kind.answer_path else kind.path, boxed)
 
 

@@ -60,16 +60,16 @@ class RewardPool:
         if lane.concurrent:
             self._async_paths.update(paths)
 
-    async def score(self, sample: Sample, evaluation: bool = False) -> RewardResult:
+    async def score(self, sample: Sample) -> RewardResult:
         """The reward of a sample: its own, if a generate function has set it, else the function's of `judge_of`.
 
         RewardError only when there is no reward to call, or no worker comes up any more.
         """
         if sample.reward is not None:
             return RewardResult(sample.reward)
-        return (await self._call(judge_of(self._args, sample), [sample], False, evaluation))[0]
+        return (await self._call(judge_of(self._args, sample), [sample], False))[0]
 
-    async def score_group(self, samples: Sequence[Sample], evaluation: bool = False) -> list[RewardResult]:
+    async def score_group(self, samples: Sequence[Sample]) -> list[RewardResult]:
         """The rewards of a group's samples, in order. A user's function is called once with all samples that it judges, a shipped one
         with each; samples with a reward of their own keep it, and are there to be compared with."""
         judges = [judge_of(self._args, sample) for sample in samples]
@@ -78,21 +78,21 @@ class RewardPool:
         async def call(judge: Judge) -> None:
             mine = [i for i, other in enumerate(judges) if other == judge]
             if any(i not in results for i in mine):
-                for i, result in zip(mine, await self._call(judge, [samples[i] for i in mine], True, evaluation), strict=True):
+                for i, result in zip(mine, await self._call(judge, [samples[i] for i in mine], True), strict=True):
                     results.setdefault(i, result)
 
         async def single(i: int) -> None:
-            results[i] = await self.score(samples[i], evaluation)
+            results[i] = await self.score(samples[i])
         await asyncio.gather(*(call(judge) for judge in dict.fromkeys(judges) if judge.custom),
                              *(single(i) for i, judge in enumerate(judges) if not judge.custom))
         return [results[i] for i in range(len(samples))]
 
-    async def reward(self, samples: Sequence[Sample], evaluation: bool = False, group: bool = False) -> None:
+    async def reward(self, samples: Sequence[Sample], group: bool = False) -> None:
         """Gives each sample its reward, and a remark where there is none to be had; with `group`, as `score_group` does."""
         if group:
-            results = await self.score_group(samples, evaluation)
+            results = await self.score_group(samples)
         else:
-            results = await asyncio.gather(*(self.score(sample, evaluation) for sample in samples))
+            results = await asyncio.gather(*(self.score(sample) for sample in samples))
         for sample, result in zip(samples, results, strict=True):
             sample.reward = result.value
             if result.remark:
@@ -106,10 +106,10 @@ class RewardPool:
         await asyncio.gather(*(lane.close(timeout_s) for lane in self._lanes.values()))
         self._break(RewardError("the reward pool was closed before this sample was scored"))
 
-    async def _call(self, judge: Judge, samples: list[Sample], group: bool, evaluation: bool) -> list[RewardResult]:
+    async def _call(self, judge: Judge, samples: list[Sample], group: bool) -> list[RewardResult]:
         if self._broken is not None or not self._lanes:
             raise self._broken or RewardError("the reward pool is not running: start() comes before score(), close() after")
-        key = self._key(evaluation)
+        key = samples[0].reward_key or self._args.reward_key
         task = Task(next(self._ids), judge.path, samples, group, judge.boxed, key)
         outcome = await self._ask(task)
         if outcome.remark == ELSEWHERE:
@@ -146,9 +146,6 @@ class RewardPool:
         limit = int(args.reward_memory_limit_gb * (1 << 30)) or None
         setup = Setup(_flat(args), paths, memory_limit_bytes=limit, concurrent=concurrent)
         return Lane(setup, args.reward_timeout_s, args.reward_workers, args.reward_concurrency, self._break)
-
-    def _key(self, evaluation: bool) -> str | None:
-        return (self._args.eval_reward_key if evaluation else None) or self._args.reward_key
 
     def _break(self, error: RewardError) -> None:
         self._broken = self._broken or error

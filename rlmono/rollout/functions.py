@@ -99,7 +99,8 @@ def checked(config: Config, given: Sample, made: Any) -> list[Sample]:
     for s in kept:
         if s is not given:
             s.index, s.group_index = given.index, given.group_index
-            s.custom_rm_path = s.custom_rm_path or given.custom_rm_path
+            s.rm_type, s.custom_rm_path = (s.rm_type, s.custom_rm_path) if s.rm_type or s.custom_rm_path else (given.rm_type, given.custom_rm_path)
+            s.reward_key = s.reward_key or given.reward_key
             s.prompt, s.label, s.metadata = s.prompt or given.prompt, given.label if s.label is None else s.label, {**given.metadata, **s.metadata}
         if problem := _problem(config, s):
             raise SampleFailed("generate_invalid", f"the generate function returned a sample {problem}")

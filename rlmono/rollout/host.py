@@ -92,7 +92,7 @@ class NodeHost:
             samples = await asyncio.gather(*(self._run_sample(job, s) for s in job.samples))
             kept = [s for made, _ in samples for s in made]
             if self.config.group_rm and not any(s.status == ABORTED for s in kept):
-                await self.rewards.reward([s for s in kept if s.status != FAILED], job.evaluation, group=True)
+                await self.rewards.reward([s for s in kept if s.status != FAILED], group=True)
         except Exception as e:
             log.exception("group %d failed", job.samples[0].group_index)
             return GroupDone(job.job, [], error=f"{type(e).__name__}: {e}")
@@ -102,11 +102,11 @@ class NodeHost:
         if (cause := f"{why.outcome}: {why}"[:200]) not in self._logged:
             self._logged.add(cause)
             log.warning("sample %d (counted; not shown again for this cause): %s: %s", sample.index, why.outcome, why, exc_info=why.__cause__)
-        failure, key = Failure(sample.index, why.outcome, str(why)), self.config.eval_reward_key or self.config.reward_key
+        failure, key = Failure(sample.index, why.outcome, str(why)), sample.reward_key or self.config.reward_key
         if not evaluation:
             return [], failure
         return [Sample(index=sample.index, group_index=sample.group_index, prompt=sample.prompt, label=sample.label, metadata=sample.metadata,
-                       status=FAILED, reward={key: 0.0} if key else 0.0, remarks=[why.outcome])], failure
+                       status=FAILED, reward_key=key, reward={key: 0.0} if key else 0.0, remarks=[why.outcome])], failure
 
     async def _run_sample(self, job: RunGroup, sample: Sample) -> tuple[list[Sample], Optional[Failure]]:
         """What the generate function made of one sample, rewarded."""
@@ -118,7 +118,7 @@ class NodeHost:
             await self.engines[job.engine].settle()
             return self._failed(sample, e, job.evaluation)
         if not self.config.group_rm:
-            await self.rewards.reward([s for s in samples if s.status != ABORTED], job.evaluation)
+            await self.rewards.reward([s for s in samples if s.status != ABORTED])
         return samples, None
 
 

@@ -81,7 +81,10 @@ class Prompts:
         """(name, groups) of each eval set; the same numbers every time, so that the same seeds are drawn."""
         n = self.config.n_samples_per_eval_prompt
         for name, source in self.eval_sources.items():
-            yield name, [self._group(source, row, row, row * n, n) for row in range(len(source))]
+            groups = [self._group(source, row, row, row * n, n) for row in range(len(source))]
+            for sample in (sample for group in groups for sample in group):
+                sample.reward_key = self.config.eval_reward_key
+            yield name, groups
 
     def _group(self, source: Source | Mixture, row: Any, group: int, sample: int, n: int) -> Group:
         prompt = source.row(row)

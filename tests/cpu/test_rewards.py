@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from standin import Standin, make_config, make_folder
 
 from rlmono.config.schema import Config
 from rlmono.data.sample import Sample
@@ -24,6 +25,8 @@ from rlmono.rewards import math as math_reward
 from rlmono.rewards.answers import labels_of, last_boxed, normalise
 from rlmono.rewards.load import LoadError, load_function
 from rlmono.rewards.pool import RewardPool, RewardResult
+from rlmono.rollout.batch import eval_statistics, rollout_statistics
+from rlmono.world.messages import GroupDone
 
 # ---------------------------------------------------------------- answers
 
@@ -123,6 +126,7 @@ def test_priority() -> None:
     args.custom_rm_path = "my.reward"
     assert judge_of(args, Sample(metadata=named)) == Judge("my.reward", custom=True)
     assert judge_of(args, Sample(metadata=named, custom_rm_path="its.own")) == Judge("its.own", custom=True)
+    assert judge_of(args, Sample(metadata=named, rm_type="boxed_f1")) == Judge("rlmono.rewards.f1.reward", boxed=True)
     for name in ("x", "boxed_x", ["math"], 3):
         with pytest.raises(RewardError, match="rm_type of the sample's metadata is .*, but must be one of deepscaler, dapo, math, f1"):
             judge_of(SimpleNamespace(custom_rm_path=None, rm_type="math"), Sample(metadata={"rm_type": name}))
@@ -451,15 +455,17 @@ def test_at_most_reward_concurrency_at_a_time(use: Callable[..., None], tmp_path
     use(body, reward_workers=2, reward_concurrency=5, reward_timeout_s=5.0)
 
 
-def test_evaluations_have_a_key_of_their_own(use: Callable[..., None]) -> None:
+def test_a_sample_may_have_a_key_of_its_own(use: Callable[..., None]) -> None:
     async def body(pool: RewardPool) -> None:
         sample, config = Sample(response="dict"), pool._args
         assert (await pool.score(sample)).remark is None
-        assert await pool.score(Sample(response="raise"), evaluation=True) == ({"pred": 0.0}, "reward_error")
-        await pool.reward([sample], evaluation=True)
-        assert sample.reward == {"score": 0.25, "pred": 3.0}
-        assert sample.get_reward_value(config) == 0.25 and sample.get_reward_value(config, evaluation=True) == 3.0
-    use(body, reward_key="score", eval_reward_key="pred")
+        await pool.reward([sample])
+        assert sample.reward == {"score": 0.25, "pred": 3} and sample.get_reward_value(config) == 0.25
+        mine = Sample(response="dict", reward_key="pred")
+        assert await pool.score(Sample(response="raise", reward_key="pred")) == ({"pred": 0.0}, "reward_error")
+        await pool.reward([mine])
+        assert mine.reward == {"score": 0.25, "pred": 3.0} and mine.get_reward_value(config) == 3.0
+    use(body, reward_key="score")
 
 
 def test_shipped_rewards_in_the_pool() -> None:
@@ -524,3 +530,31 @@ def test_no_worker_outlives_its_parent(tmp_path: Path) -> None:
     while Path(f"/proc/{worker}").exists() and Path(f"/proc/{worker}/stat").read_text().split()[2] != "Z":
         assert time.monotonic() < deadline, f"worker {worker} is still there"
         time.sleep(0.02)
+
+
+# ---------------------------------------------------------------- on a host, and in the metrics
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["each sample", "the group"])
+def test_outcomes_reach_the_metrics(tmp_path: Path, whole: bool) -> None:
+    """A node's host with an engine that writes what the prompt says: the counted outcomes of a rollout, and of an evaluation."""
+    (tmp_path / "mine.py").write_text(REWARDS)
+    tokenizer = make_folder(tmp_path / "language")
+    function = f"{tmp_path}/mine.py:{'whole' if whole else 'plain'}"
+    config = make_config(tokenizer, custom_rm_path=function, group_rm=whole, reward_timeout_s=2.0)
+
+    async def run(*texts: str) -> GroupDone:
+        left = list(texts)
+        async with Standin(config, lambda _: tokenizer.render(left.pop(0))) as host:
+            await host.host.rewards.start()
+            return await host.run([Sample(index=i, tokens=tokenizer.render("1"), prompt="1") for i in range(len(texts))])
+    if whole:
+        groups = [asyncio.run(run("12", "3456")).samples, asyncio.run(run("one", "3")).samples]
+        assert [[s.reward for s in group] for group in groups] == [[1 / 3, 2 / 3], [0.0, 0.0]]
+        expected = {"reward_invalid": 2.0}
+    else:
+        groups = [asyncio.run(run("1", "raise", "segfault", "hang", "nan")).samples]
+        assert [s.reward for s in groups[0]] == [1.0, 0.0, 0.0, 0.0, 0.0]
+        expected = {"reward_error": 1.0, "reward_crashed": 1.0, "reward_timeout": 1.0, "reward_invalid": 1.0}
+    for prefix, statistics in (("rollout/remarks/", rollout_statistics(groups, config)), ("eval/x/remarks/", eval_statistics("x", groups, config))):
+        assert {name.removeprefix(prefix): n for name, n in statistics.items() if name.startswith(prefix)} == expected
