@@ -3,6 +3,7 @@
     train     train a model; started by torchrun or srun on every rank (launch/run.sh does it), or with --dry-run by hand
     convert   turn a checkpoint into one of another format: HF, torch_dist, bf16, fp8
     report    make the report of a run directory
+    view      print samples of a run, with their rewards and masks in colour
     ranks     check a configuration, and print how many ranks a node starts (for launch/run.sh)
 """
 
@@ -25,9 +26,12 @@ def main() -> int:
     if verb == "report":
         from rlmono.observe.report import main as report
         return report(argv)
+    if verb == "view":
+        from rlmono.observe.view import main as view
+        return view(argv)
     print(__doc__, file=sys.stderr)
     if verb not in ("", "-h", "--help"):
-        print(f"rlmono: unknown verb {verb!r}; known: train, convert, report, ranks", file=sys.stderr)
+        print(f"rlmono: unknown verb {verb!r}; known: train, convert, report, view, ranks", file=sys.stderr)
     return 0 if verb in ("-h", "--help") else 2
 
 

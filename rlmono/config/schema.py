@@ -39,11 +39,12 @@ class Run:
     start_timeout_s: float = option(900.0, "Deadline for all ranks to meet and build their engines and trainers.", minimum=1)
     phase_timeout_s: float = option(7200.0, "Deadline for one phase: a whole rollout, train step, update or save.", minimum=1)
     heartbeat_timeout_s: float = option(120.0, "A node or device rank that is silent for so long is taken for dead.", minimum=1)
-    debug_rollout_only: bool = option(False, "Generate only, never train.", later="rollout debugging")
-    debug_train_only: bool = option(False, "Train from saved rollout data, never generate.", later="rollout debugging")
+    debug_rollout_only: bool = option(False, "Generate and evaluate with the weights of --hf-checkpoint, never train; no trainer is started.")
+    debug_train_only: bool = option(False, "Train on --load-debug-rollout-data, never generate; no engine is started.")
     save_debug_rollout_data: Optional[str] = option(
-        None, "Write each rollout's samples to this path ({rollout_id}).", later="rollout debugging")
-    load_debug_rollout_data: Optional[str] = option(None, "Read rollouts from this path ({rollout_id}).", later="rollout debugging")
+        None, "Write each rollout's samples, whole, to this path; {rollout_id} is filled in (python -m rlmono view shows them).")
+    load_debug_rollout_data: Optional[str] = option(
+        None, "Take each rollout's samples from this path ({rollout_id}) instead of generating them; implies --debug-train-only.")
     check_weight_update_equal: bool = option(
         False, "After every update compare the engine's weights with the trainer's export, bit for bit.")
 
@@ -159,10 +160,11 @@ class Eval:
 
     eval_interval: Optional[int] = option(None, "Evaluate every so many rollouts.", minimum=1)
     eval_prompt_data: Optional[tuple[str, ...]] = option(None, "name path [name path …]; a path alone takes the file's name.")
-    eval_config: Optional[str] = option(None, "YAML with one entry a set, and overrides.", later="eval configs")
+    eval_config: Optional[str] = option(
+        None, "YAML file of eval sets, each with a name, a path and what differs for it (docs/rollout.md).")
     eval_input_key: Optional[str] = option(None, "Default: --input-key.")
     eval_label_key: Optional[str] = option(None, "Default: --label-key.")
-    n_samples_per_eval_prompt: int = option(1, "Samples a prompt.", minimum=1)
+    n_samples_per_eval_prompt: int = option(1, "Samples a prompt; with several, pass@k is reported for k = 2, 4, 8 and so on.", minimum=1)
     eval_temperature: Optional[float] = option(None, "Default: the rollout's. 0 is greedy.", minimum=0.0)
     eval_top_p: Optional[float] = option(None, "Default: the rollout's.", minimum=0.0, maximum=1.0)
     eval_top_k: Optional[int] = option(None, "Default: the rollout's.", minimum=-1)
@@ -297,7 +299,8 @@ class Observe:
     wandb_project: str = option("rlmono", "Project at Weights & Biases.")
     wandb_group: Optional[str] = option(None, "Group at Weights & Biases.")
     wandb_name: Optional[str] = option(None, "Name of the run at Weights & Biases. Default: the run directory's name.")
-    log_samples: int = option(4, "Samples of each rollout and evaluation to write as readable text.", minimum=0)
+    log_samples: int = option(4, "Samples of each rollout to write as readable text (samples/*.jsonl; python -m rlmono view).", minimum=0)
+    log_eval_samples: Optional[int] = option(None, "The same of each evaluation set. Default: all.", minimum=0)
     progress: str = option("auto", "Live progress on the controller's console; auto is rich on a terminal, plain lines elsewhere.",
                            choices=("auto", "rich", "plain", "none"))
 

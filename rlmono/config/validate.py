@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import string
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Callable, Iterator, Mapping, Optional
 
+from rlmono.config.evals import eval_sets
 from rlmono.config.hf import model_shape
 from rlmono.config.option import ConfigError, options
-from rlmono.config.rewards import reward_type
+from rlmono.config.rewards import RM_TYPES, reward_type
 from rlmono.config.schema import Config
 
 RETURN_ORIGINAL = "SGLANG_RETURN_ORIGINAL_LOGPROB"
@@ -177,13 +179,13 @@ def _placement(config: Config) -> Iterator[str]:
     expert = (config.expert_tensor_parallel_size or tp) * config.expert_model_parallel_size * pp
     if train and config.expert_model_parallel_size > 1 and train % expert:
         yield f"{train} training devices are no multiple of expert tensor x expert x pipeline parallel = {expert}"
-    if config.loss_type == "sft":
+    if config.loss_type == "sft" or _saved(config):
         return
     if config.colocate:
         if serve is not None and serve != train:
             yield f"rollout_num_gpus {serve} contradicts colocate: all training devices serve too; leave one of the two out"
         serve = train
-    elif per_node is None or serve is None:
+    elif serve is None or (per_node is None and not config.debug_rollout_only):
         yield "without --colocate, give --actor-num-gpus-per-node (devices that train) and --rollout-num-gpus (devices that serve)"
     if serve and serve % engine:
         yield f"{serve} serving devices don't divide into engines of rollout_num_gpus_per_engine {engine}"
@@ -307,12 +309,36 @@ def _run(config: Config) -> Iterator[str]:
         yield f"save_interval {config.save_interval} needs --save"
     if config.ref_load is not None and not Path(config.ref_load).exists():
         yield f"ref_load {config.ref_load} does not exist"
-    if config.debug_rollout_only and config.debug_train_only:
-        yield "debug_rollout_only and debug_train_only exclude each other"
+    yield from _debug(config)
     for field, _ in options(Config):
         value = getattr(config, field.name)
         if field.name.endswith(("_function_path", "_filter_path", "_rm_path")) and value is not None:
             yield from _function(field.name, value)
+
+
+def _debug(config: Config) -> Iterator[str]:
+    if config.debug_rollout_only and (config.debug_train_only or config.load_debug_rollout_data):
+        yield "debug_rollout_only generates, and debug_train_only and load_debug_rollout_data take what is there: leave one of the two out"
+    if config.debug_rollout_only and config.loss_type == "sft":
+        yield "debug_rollout_only has nothing to do in loss_type sft, which generates nothing"
+    if config.debug_train_only and config.load_debug_rollout_data is None:
+        yield "debug_train_only needs --load-debug-rollout-data: what to train on"
+    if config.load_debug_rollout_data is not None and config.num_rollout is None:
+        yield "load_debug_rollout_data needs --num-rollout: how many rollouts to train on"
+    for name in ("save_debug_rollout_data", "load_debug_rollout_data"):
+        if (template := getattr(config, name)) is not None:
+            yield from _template(name, template, needed=name.startswith("save"))
+
+
+def _template(name: str, template: str, needed: bool) -> Iterator[str]:
+    try:
+        fields = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
+        template.format(rollout_id=0)
+    except (ValueError, LookupError):
+        yield f"{name} {template}: only {{rollout_id}} can be filled in"
+        return
+    if needed and not fields:
+        yield f"{name} {template}: each rollout would overwrite the one before; put {{rollout_id}} into the name"
 
 
 def _function(name: str, value: str) -> Iterator[str]:
@@ -326,20 +352,38 @@ def _function(name: str, value: str) -> Iterator[str]:
 
 
 def _data(config: Config) -> Iterator[str]:
-    if config.prompt_data is None and not config.debug_train_only:
+    if config.prompt_data is None and not _saved(config):
         yield "--prompt-data is required"
-    sets = config.eval_prompt_data or ()
-    for name, path in (*(("prompt_data", p) for p in config.prompt_data or ()), *(("eval_prompt_data", p) for p in sets[1::2])):
+    try:
+        sets = eval_sets(config)
+    except ConfigError as error:
+        yield from error.problems
+        return
+    name = "eval_config" if config.eval_config else "eval_prompt_data"
+    if config.eval_config is not None and config.eval_prompt_data:
+        yield "eval_config and eval_prompt_data both name sets: give one of the two"
+    for s in sets:
+        if s.custom_rm_path:
+            yield from _function(f"eval_config {config.eval_config}: set {s.name!r}: custom_rm_path", s.custom_rm_path)
+        if s.rm_type:
+            problems = [f"rm_type {s.rm_type} is none of {', '.join(RM_TYPES)}"] if s.rm_type not in RM_TYPES else _reward(s.config(config))
+            yield from (f"eval_config {config.eval_config}: set {s.name!r}: {problem}" for problem in problems)
+    for name, path in (*(("prompt_data", p) for p in config.prompt_data or ()), *((name, s.path) for s in sets)):
         if not _file(path).exists():
             yield f"{name} {path}: there is no such file"
     yield from _weights(config)
-    if config.eval_interval is not None and not sets and config.eval_config is None:
-        yield f"eval_interval {config.eval_interval} needs --eval-prompt-data"
-    if config.loss_type == "sft":
+    if config.eval_interval is not None and not sets:
+        yield f"eval_interval {config.eval_interval} needs --eval-prompt-data or --eval-config"
+    if config.loss_type == "sft" or _saved(config):
         return
     yield from _reward(config)
     if not (config.rm_type or config.custom_rm_path or config.custom_generate_function_path or _rows_name_reward(config)):
         yield "no reward: give --rm-type or --custom-rm-path, or a rm_type in each prompt's metadata"
+
+
+def _saved(config: Config) -> bool:
+    """Rollouts are read from files."""
+    return config.debug_train_only or config.load_debug_rollout_data is not None
 
 
 def _weights(config: Config) -> Iterator[str]:
@@ -397,6 +441,12 @@ def _derived(config: Config, plan: BatchPlan) -> Config:
     values: dict[str, Any] = dict(global_batch_size=plan.global_batch_size, num_steps_per_rollout=plan.steps)
     if config.sequence_parallel and config.tensor_model_parallel_size == 1:
         values["sequence_parallel"] = False
+    if config.load_debug_rollout_data is not None:
+        values |= dict(debug_train_only=True)
+    if config.debug_rollout_only:
+        values |= dict(save=None, save_interval=None, load=None)
+    if _saved(config) or config.loss_type == "sft":
+        values |= dict(eval_prompt_data=None, eval_config=None, eval_interval=None)
     changed = {name: "derived" for name, value in values.items() if value != getattr(config, name)}
     return dataclasses.replace(config, **values, origin={**config.origin, **changed}, notes=(*config.notes, *_remarks(config, plan)))
 
@@ -407,11 +457,15 @@ def _remarks(config: Config, plan: BatchPlan) -> Iterator[str]:
             yield f"warning: {name} {getattr(config, name)}: the engine samples from a cut distribution, so the training ratio is wrong"
     if config.sequence_parallel and config.tensor_model_parallel_size == 1:
         yield "sequence_parallel is off: it needs tensor_model_parallel_size above 1"
+    if config.debug_rollout_only and (config.save or config.load):
+        yield "debug_rollout_only: the weights are those of hf_checkpoint; save and load are ignored"
+    if (_saved(config) or config.loss_type == "sft") and (config.eval_prompt_data or config.eval_config):
+        yield "evaluation is ignored: nothing generates"
     if config.use_dynamic_batch_size and config.micro_batch_size != 1:
         yield f"micro_batch_size {config.micro_batch_size} is ignored with use_dynamic_batch_size"
     if config.max_tokens_per_gpu is not None and not config.use_dynamic_batch_size:
         yield f"max_tokens_per_gpu {config.max_tokens_per_gpu} is ignored without use_dynamic_batch_size"
-    if config.eval_prompt_data and config.eval_interval is None:
+    if (config.eval_prompt_data or config.eval_config) and config.eval_interval is None:
         yield "evaluation runs only before and after training: there is no eval_interval"
     grouped = config.loss_type == "policy_loss" and config.advantage_estimator in GROUPED and not config.disable_rewards_normalization
     if grouped and config.n_samples_per_prompt == 1 and not config.use_opd:

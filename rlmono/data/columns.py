@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -33,7 +34,9 @@ class Columns:
         for file in self.files:
             try:
                 self._open(file)
-            except (pa.ArrowException, OSError) as error:
+            except DataError:
+                raise
+            except (pa.ArrowException, OSError, ValueError) as error:       # ValueError: an empty file can't be mapped
                 raise DataError(f"{file}: cannot be read: {str(error).splitlines()[0]}") from error
         if columns[0] not in self.names:
             raise DataError(f"{path}: has no column {columns[0]!r} (--input-key); its columns are {', '.join(self.names) or 'none'}")
@@ -108,7 +111,7 @@ class Parquet(Columns):
     """Parquet files; a block is a row group."""
 
     def __init__(self, path: str, files: Sequence[Path], columns: Sequence[str]) -> None:
-        self._groups: list[tuple[Path, int, list[str]]] = []
+        self._groups: list[tuple[pq.FileMetaData, Path, int, list[str]]] = []
         super().__init__(path, files, columns)
 
     def _open(self, file: Path) -> None:
@@ -118,11 +121,11 @@ class Parquet(Columns):
             group = opened.metadata.row_group(i)
             chunks = [group.column(c) for c in range(group.num_columns)]
             self._add(group.num_rows, sum(c.total_uncompressed_size for c in chunks if c.path_in_schema.split(".")[0] in wanted))
-            self._groups.append((file, i, wanted))
+            self._groups.append((opened.metadata, file, i, wanted))
 
     def _decode(self, k: int) -> pa.Table:
-        file, i, wanted = self._groups[k]
-        with pq.ParquetFile(file) as opened:
+        metadata, file, i, wanted = self._groups[k]
+        with pq.ParquetFile(file, metadata=metadata) as opened:     # with many groups, reading the footer takes longer than a group
             return opened.read_row_group(i, columns=wanted)
 
 
@@ -134,7 +137,10 @@ class Arrow(Columns):
         super().__init__(path, files, columns)
 
     def _open(self, file: Path) -> None:
-        mapped = pa.memory_map(str(file))
+        with file.open("rb") as opened:
+            pages = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+        pages.madvise(mmap.MADV_RANDOM)     # no reading ahead: only the heads of the batches are looked at here
+        mapped = pa.py_buffer(pages)        # pa.memory_map would ask the kernel for the whole of every batch
         try:
             reader = pa.ipc.open_stream(mapped)
         except pa.ArrowInvalid:

@@ -38,6 +38,8 @@ def run_device(world: World) -> None:
         from rlmono.loop.colocated import run
     elif trains:
         from rlmono.loop.training import run
+    elif world.config.debug_rollout_only:
+        from rlmono.loop.generating import run
     else:
         from rlmono.loop.serving import run
     run(world, plan, link)

@@ -21,6 +21,7 @@ from rlmono.observe.report import write_report
 from rlmono.observe.trackers import make_trackers
 from rlmono.rollout.cluster import Cluster
 from rlmono.rollout.controller import Controller
+from rlmono.rollout.debug import SavedRollouts
 from rlmono.rollout.functions import generate_function
 from rlmono.rollout.host import NodeHost, serve_node
 from rlmono.rollout.prompts import Prompts
@@ -71,7 +72,7 @@ async def _serve(world: World, folder: PrivateFolder) -> None:
         context.term()                  # after what is still to be sent, or the sockets' linger
 
 
-def _check(world: World) -> tuple[Prompts, RunPlan]:
+def _check(world: World) -> tuple[Prompts | SavedRollouts, RunPlan]:
     """Before anything is built: the devices, the data, the checkpoint and the tokenizer. Raises RunRefused, here and on every rank."""
     try:
         if world.device == "cuda":
@@ -85,7 +86,7 @@ def _check(world: World) -> tuple[Prompts, RunPlan]:
     return prompts, plan
 
 
-async def _control(world: World, folder: PrivateFolder, prompts: Prompts, plan: RunPlan) -> None:
+async def _control(world: World, folder: PrivateFolder, prompts: Prompts | SavedRollouts, plan: RunPlan) -> None:
     config, context = world.config, zmq.asyncio.Context()
     # Trackers may wait for a network: before other hosts wait for this one.
     metrics = MetricsLog(world.run_dir, make_trackers(config, world.run_dir, resolved(config)))
@@ -117,14 +118,18 @@ async def _control(world: World, folder: PrivateFolder, prompts: Prompts, plan: 
     progress.message(f"report: {write_report(world.run_dir)}")
 
 
-def plan_run(config: Config, attempt: str) -> tuple[Prompts, RunPlan]:
+def plan_run(config: Config, attempt: str) -> tuple[Prompts | SavedRollouts, RunPlan]:
     """Read the data and the checkpoint, and say where the run begins. Raises ValueError with the remedy."""
     generate_function(config)       # refused here where it cannot be called
-    prompts = Prompts(config, Tokenizer(config.hf_checkpoint or ""))
+    prompts = (SavedRollouts if config.debug_train_only else Prompts)(config, Tokenizer(config.hf_checkpoint or ""))
     store = CheckpointStore(config, attempt) if config.save else None
     if store:
         store.prepare()
     checkpoint = find_checkpoint(Path(config.load), config.model) if config.load and not _is_hf(config.load) else None
+    if config.debug_rollout_only:
+        steps = prompts.num_rollout * prompts.steps_per_rollout
+        weights = Source(config.hf_checkpoint or "", "hf")
+        return prompts, RunPlan(0, prompts.num_rollout, steps, weights, weights)
     start, actor = 0, _source(config.load if config.load and _is_hf(config.load) else config.ref_load or config.hf_checkpoint or "", config)
     if checkpoint is not None:
         fresh = config.finetune or checkpoint.weights_only
@@ -133,6 +138,8 @@ def plan_run(config: Config, attempt: str) -> tuple[Prompts, RunPlan]:
             start = checkpoint.rollout_id + 1
             prompts.restore(checkpoint.state["data"])
     goes_on = checkpoint is not None and not fresh and config.save == config.load
+    if isinstance(prompts, SavedRollouts):
+        prompts.refuse_missing(start)
     if store and not goes_on:           # else what is newer than `start` was found torn
         store.refuse_other_runs(start)
     reference = _source(config.ref_load or config.hf_checkpoint or "", config)

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rlmono.data.sample import Sample
 
 
-def write_samples(path: Path, samples: Sequence[Sample], limit: int) -> None:
-    """Writes the first `limit` samples to `path`, one JSON object a line: prompt, response, label, reward, status, lengths."""
+def write_samples(path: Path, samples: Sequence[Sample], limit: int, decode: Callable[[Sequence[int]], str] | None = None) -> None:
+    """Writes the first `limit` samples to `path`, one JSON object a line: prompt, response, label, reward, status, lengths; with `decode`
+    (ids → text), the response in parts where some of it is masked."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(path.suffix + ".tmp")
     with temporary.open("w", encoding="utf-8") as file:
         for sample in samples[:limit]:
-            file.write(json.dumps(_row(sample), ensure_ascii=False, default=str) + "\n")
+            row = _row(sample) | (parts_of(sample, decode) if decode is not None else {})
+            file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
     os.replace(temporary, path)
 
 
@@ -35,6 +38,18 @@ def _row(sample: Sample) -> dict[str, Any]:
         "response_length": sample.response_length,
     }
     return {**row, "remarks": sample.remarks} if sample.remarks else row
+
+
+def parts_of(sample: Sample, decode: Callable[[Sequence[int]], str]) -> dict[str, Any]:
+    """`parts` of a response that is masked in places: [mask, text] of each stretch, in order; nothing where all of it is trained on."""
+    if sample.loss_mask is None or all(sample.loss_mask):
+        return {}
+    parts, start = [], sample.prompt_length
+    for mask, stretch in itertools.groupby(sample.loss_mask):
+        end = start + len(list(stretch))
+        parts.append([mask, decode(sample.tokens[start:end])])
+        start = end
+    return {"parts": parts}
 
 
 def prompt_text(prompt: str | list[dict[str, Any]]) -> str:

@@ -118,7 +118,7 @@ def eval_statistics(name: str, groups: Sequence[Group], config: Config) -> dict[
            f"eval/{name}/truncated_ratio": np.mean([s.status == TRUNCATED for s in samples]),
            f"eval/{name}/response_len": lengths.mean(), f"eval/{name}/samples": len(samples)}
     k = 2
-    while k <= config.n_samples_per_eval_prompt:
+    while k <= min(map(len, groups)):
         out[f"eval/{name}/pass_at_{k}"] = np.mean([pass_at_k([s.get_reward_value(config) for s in g], k) for g in groups])
         k *= 2
     out |= {f"eval/{name}/remarks/{remark}": n for remark, n in Counter(r for s in samples for r in s.remarks).items()}

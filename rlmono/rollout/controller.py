@@ -20,19 +20,22 @@ from rlmono.data.sample import Group
 from rlmono.observe.metrics import MetricsLog
 from rlmono.observe.progress import Progress
 from rlmono.observe.samples import write_samples
-from rlmono.rollout.batch import eval_statistics, rollout_statistics, train_batches
+from rlmono.rollout.batch import rollout_statistics, train_batches
 from rlmono.rollout.cluster import Cluster
+from rlmono.rollout.debug import SavedRollouts, save_rollout
+from rlmono.rollout.evaluation import Evaluation
 from rlmono.rollout.prompts import Prompts
-from rlmono.rollout.sampling import eval_sampling, rollout_sampling
+from rlmono.rollout.sampling import rollout_sampling
 
 
 class Controller:
     """One run, from `start` (the first rollout that is not in the checkpoint) to `num_rollout`."""
 
-    def __init__(self, config: Config, cluster: Cluster, prompts: Prompts, checkpoints: Optional[CheckpointStore], metrics: MetricsLog,
-                 progress: Progress, run_dir: Path, start: int):
+    def __init__(self, config: Config, cluster: Cluster, prompts: Prompts | SavedRollouts, checkpoints: Optional[CheckpointStore],
+                 metrics: MetricsLog, progress: Progress, run_dir: Path, start: int):
         self.config, self.cluster, self.prompts, self.checkpoints = config, cluster, prompts, checkpoints
         self.metrics, self.progress, self.run_dir, self.start = metrics, progress, run_dir, start
+        self.evaluation = Evaluation(config, cluster, prompts, metrics, progress, run_dir)
         self.num_rollout = prompts.num_rollout
         self._dp_rank: dict[int, int] = {}
         self._spent: dict[str, float] = {}
@@ -46,16 +49,17 @@ class Controller:
         for rollout_id in range(self.start, self.num_rollout):
             begun = time.perf_counter()
             self._spent = {}
-            if self._eval_due(rollout_id):
-                await self.evaluate(rollout_id)
+            if self.evaluation.due(rollout_id):
+                self._spent["perf/eval_time"] = await self.evaluation.run(rollout_id)
             groups = await self.collect(rollout_id)
+            self._save_debug_data(rollout_id, groups)
             self.cluster.end_phase()
             values = await self.train(rollout_id, groups)
             values |= await self._save_if_due(rollout_id)
             values |= await self._updated(rollout_id)
             self._log(rollout_id, groups, values, time.perf_counter() - begun)
-        if self.config.eval_prompt_data and self.start < self.num_rollout:
-            await self.evaluate(self.num_rollout)
+        if self.prompts.eval_sets and self.start < self.num_rollout:
+            await self.evaluation.run(self.num_rollout)
         await self._published()
         self._log_behind()
         self.cluster.end_phase()
@@ -67,34 +71,18 @@ class Controller:
 
     # ------------------------------------------------------------ generate
 
-    def _eval_due(self, rollout_id: int) -> bool:
-        c = self.config
-        if not c.eval_prompt_data or c.eval_interval is None:
-            return False
-        return not c.skip_eval_before_train if rollout_id == 0 else rollout_id % c.eval_interval == 0
-
-    async def evaluate(self, rollout_id: int) -> None:
-        """All eval sets with the weights of this moment."""
-        begun = time.perf_counter()
-        for name, groups in self.prompts.eval_groups():
-            self.progress.phase(f"evaluate {name}", rollout_id, len(groups))
-            done = await self._run_groups(groups, eval_sampling(self.config, self.prompts.tokenizer.eos_ids), True, f"evaluating {name}")
-            self.metrics.log(rollout_id, eval_statistics(name, done, self.config) | self.cluster.failures.counts(f"eval/{name}/failed/"))
-            self.progress.show(rollout_id, eval_statistics(name, done, self.config))
-            write_samples(self.run_dir / "samples" / f"eval_{name}_{rollout_id}.jsonl", [s for g in done for s in g], self.config.log_samples)
-        self._spent["perf/eval_time"] = time.perf_counter() - begun
-
     async def collect(self, rollout_id: int) -> list[Group]:
         """The rollout's groups in submission order, generated and rewarded; in SFT, as the data has them."""
         begun = time.perf_counter()
-        groups = self.prompts.next_groups()
-        if self.config.loss_type == "sft":
+        groups = self.prompts.next_groups(rollout_id, self.config.rollout_batch_size)
+        if not self.cluster.grid.engines:           # SFT, or saved rollouts
             return groups
         self.progress.phase("generate", rollout_id, len(groups))
         sampling = rollout_sampling(self.config, self.prompts.tokenizer.eos_ids)
         done = await self._run_groups(groups, sampling, False, f"generating rollout {rollout_id}")
         self._spent["perf/rollout_time"] = time.perf_counter() - begun
-        write_samples(self.run_dir / "samples" / f"rollout_{rollout_id}.jsonl", [s for g in done for s in g], self.config.log_samples)
+        write_samples(self.run_dir / "samples" / f"rollout_{rollout_id}.jsonl", [s for g in done for s in g], self.config.log_samples,
+                      self.prompts.tokenizer.decode)
         return done
 
     async def _run_groups(self, groups: list[Group], sampling: Any, evaluation: bool, what: str) -> list[Group]:
@@ -106,15 +94,22 @@ class Controller:
             return done
         return await self.cluster.gather([run(g) for g in groups], self.config.phase_timeout_s, what)
 
+    def _save_debug_data(self, rollout_id: int, groups: list[Group]) -> None:
+        if self.config.save_debug_rollout_data is not None:
+            path = save_rollout(self.config.save_debug_rollout_data, rollout_id, groups, self.prompts.tokenizer.decode)
+            self.progress.message(f"rollout {rollout_id}: samples in {path}")
+
     # ------------------------------------------------------------ train, save, update
 
     async def train(self, rollout_id: int, groups: list[Group]) -> dict[str, float]:
         """Send each trainer its share, and wait for the metrics."""
         grid, c = self.cluster.grid, self.config
-        self.progress.phase("train", rollout_id)
-        batches = train_batches(rollout_id, groups, self.prompts.steps_per_rollout, c, grid.data_parallel_size)
         if c.deterministic:
             self._write_hashes(rollout_id, groups)
+        if not grid.trainers:                       # --debug-rollout-only
+            return {}
+        self.progress.phase("train", rollout_id)
+        batches = train_batches(rollout_id, groups, self.prompts.steps_per_rollout, c, grid.data_parallel_size)
         if self._save_due(rollout_id):
             await self._published()     # one at a time
         for rank in grid.trainers:
@@ -168,7 +163,7 @@ class Controller:
     async def _updated(self, rollout_id: int) -> dict[str, float]:
         """The weights that this rollout made are in every engine; the slowest rank's times."""
         ranks = self.cluster.grid.engine_ranks
-        if not ranks:
+        if not ranks or not self.cluster.grid.trainers:
             return {}
         self.progress.phase("update", rollout_id)
         done = await self.cluster.reports("updated", rollout_id, ranks, self.config.phase_timeout_s)
@@ -178,6 +173,7 @@ class Controller:
         values = values | self._spent | self.prompts.left_out() | {"perf/step_time": seconds}
         if self.config.loss_type != "sft":
             values |= rollout_statistics(groups, self.config) | self.cluster.failures.counts("rollout/failed/")
+        if self.cluster.grid.engines:
             generated = sum(s.response_length for g in groups for s in g)
             values["perf/tokens_per_gpu_per_sec"] = generated / self._spent["perf/rollout_time"] / len(self.cluster.grid.engine_ranks)
         trains = sum(values.get(f"perf/{k}", 0.0) for k in ("train_time", "log_probs_time", "ref_log_probs_time"))

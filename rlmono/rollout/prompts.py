@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import Any, Iterator, Optional
+from typing import Any, Iterator
 
+from rlmono.config.evals import EvalSet, eval_sets
 from rlmono.config.schema import Config
 from rlmono.data.cursor import DataCursor
 from rlmono.data.mixture import MixedCursor, Mixture
@@ -14,6 +15,7 @@ from rlmono.data.rows import DataError, Prompt, Rules
 from rlmono.data.sample import COMPLETED, Group, Sample
 from rlmono.data.tokenizer import Tokenizer
 from rlmono.rewards import check_prompt, label_required
+from rlmono.rollout.schedule import steps_per_rollout
 
 
 class Prompts:
@@ -21,25 +23,25 @@ class Prompts:
 
     def __init__(self, config: Config, tokenizer: Tokenizer):
         self.config, self.tokenizer = config, tokenizer
-        sources = [self._source(path, config.input_key, config.label_key, limited=True) for path in config.prompt_data or ()]
+        rules = Rules(config.input_key, config.label_key, config.metadata_key, config.tool_key,
+                      length_limit=config.rollout_max_prompt_len, length_of=self._length, **self._judged(config))
+        sources = [open_source(path, rules, config.lazy_data_above_mb * 10**6) for path in config.prompt_data or ()]
         order: dict[str, Any] = dict(seed=config.rollout_seed, shuffle=config.rollout_shuffle, samples_per_prompt=config.n_samples_per_prompt)
         self.source: Source | Mixture = sources[0] if len(sources) == 1 else Mixture(sources, config.prompt_data_weights)
         self.cursor = MixedCursor(self.source, **order) if isinstance(self.source, Mixture) else DataCursor(self.source, **order)
-        names = config.eval_prompt_data or ()
-        input_key, label_key = config.eval_input_key or config.input_key, config.eval_label_key or config.label_key
-        self.eval_sources = {name: self._source(path, input_key, label_key, limited=False)
-                             for name, path in zip(names[::2], names[1::2], strict=True)}
+        self.eval_sets = [(s, self._eval_source(s)) for s in eval_sets(config)]
 
-    def _source(self, path: str, input_key: str, label_key: Optional[str], limited: bool) -> Source:
-        c = self.config
-        sft = c.loss_type == "sft"
-        limit = c.rollout_max_prompt_len if limited else None
-        rules = Rules(input_key=input_key, label_key=label_key, metadata_key=c.metadata_key, tool_key=c.tool_key,
-                      label_required=not sft and label_required(c), skip_bad_rows=c.skip_bad_rows,
-                      check=None if sft else lambda prompt: check_prompt(c, prompt.label, prompt.metadata),
-                      length_limit=limit, length_of=self._length)
-        # An evaluation goes through all rows, and in order: they are checked at start whatever the size.
-        return open_source(path, rules, c.lazy_data_above_mb * 10**6) if limited else open_source(path, rules, sys.maxsize)
+    def _eval_source(self, s: EvalSet) -> Source:
+        """An evaluation goes through all rows, and in order: they are checked at start, whatever the size."""
+        rules = Rules(s.input_key, s.label_key, s.metadata_key, s.tool_key, **self._judged(s.config(self.config), s.rm_type is not None))
+        return open_source(s.path, rules, sys.maxsize)
+
+    def _judged(self, config: Config, all_alike: bool = False) -> dict[str, Any]:
+        """What its reward asks of a prompt; `all_alike`: of every prompt, whatever its metadata names."""
+        if config.loss_type == "sft":
+            return {"skip_bad_rows": config.skip_bad_rows}
+        return {"skip_bad_rows": config.skip_bad_rows, "label_required": label_required(config),
+                "check": lambda prompt: check_prompt(config, prompt.label, {**prompt.metadata, "rm_type": None} if all_alike else prompt.metadata)}
 
     def _length(self, prompt: Prompt) -> int:
         tokens = self._prompt_tokens(prompt)
@@ -61,30 +63,28 @@ class Prompts:
 
     @property
     def steps_per_rollout(self) -> int:
-        c = self.config
-        if c.num_steps_per_rollout is not None:
-            return c.num_steps_per_rollout
-        return c.rollout_batch_size * c.n_samples_per_prompt // c.global_batch_size if c.global_batch_size else 1
+        return steps_per_rollout(self.config)
 
     # ------------------------------------------------------------ groups
 
-    def next_groups(self) -> list[Group]:
-        """The next rollout's groups, numbered over the whole run; in SFT with the data's own answers as responses."""
+    def next_groups(self, rollout_id: int, n: int) -> list[Group]:
+        """n groups for a rollout, numbered over the whole run; in SFT with the data's own answers as responses."""
         group, sample = self.cursor.groups, self.cursor.samples
         out = []
-        for row in self.cursor.next(self.config.rollout_batch_size):
+        for row in self.cursor.next(n):
             out.append(self._group(self.source, row, group, sample, self.config.n_samples_per_prompt))
             group, sample = group + 1, sample + self.config.n_samples_per_prompt
         return out
 
-    def eval_groups(self) -> Iterator[tuple[str, list[Group]]]:
-        """(name, groups) of each eval set; the same numbers every time, so that the same seeds are drawn."""
-        n = self.config.n_samples_per_eval_prompt
-        for name, source in self.eval_sources.items():
+    def eval_groups(self) -> Iterator[tuple[EvalSet, list[Group]]]:
+        """Each eval set with its groups; the same numbers every time, so that the same seeds are drawn."""
+        for s, source in self.eval_sets:
+            n = s.n_samples_per_eval_prompt
             groups = [self._group(source, row, row, row * n, n) for row in range(len(source))]
             for sample in (sample for group in groups for sample in group):
-                sample.reward_key = self.config.eval_reward_key
-            yield name, groups
+                sample.metadata |= s.metadata_overrides
+                sample.rm_type, sample.custom_rm_path, sample.reward_key = s.rm_type, s.custom_rm_path, s.reward_key
+            yield s, groups
 
     def _group(self, source: Source | Mixture, row: Any, group: int, sample: int, n: int) -> Group:
         prompt = source.row(row)
@@ -120,4 +120,7 @@ class Prompts:
         return {"next_rollout": next_rollout, "cursor": self.cursor.state()}
 
     def restore(self, state: dict[str, Any]) -> None:
+        if "cursor" not in state:
+            raise DataError(f"the checkpoint comes from a run on saved rollouts ({state.get('rollouts')}), which has no place in the prompt data: "
+                            "start over the data with --finetune")
         self.cursor.restore(state["cursor"])

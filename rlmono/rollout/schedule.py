@@ -15,6 +15,13 @@ Packs = list[list[int]]
 """Packs of one data-parallel rank: lists of sample indices."""
 
 
+def steps_per_rollout(config: Config) -> int:
+    """Optimizer steps that a rollout's samples divide into."""
+    if config.num_steps_per_rollout is not None:
+        return config.num_steps_per_rollout
+    return config.rollout_batch_size * config.n_samples_per_prompt // config.global_batch_size if config.global_batch_size else 1
+
+
 def plan_rollout(lengths: Sequence[int], sizes: Sequence[int], config: Config, data_parallel: int) -> list[list[Packs]]:
     """[step][data-parallel rank] -> packs. Samples go to steps in order, as many as `sizes` says for each; in a step every rank
     gets the same number of packs.

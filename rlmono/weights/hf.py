@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Mapping, Optional, Sequence
@@ -17,7 +19,7 @@ from safetensors.torch import save_file
 from rlmono.checkpoint.folder import appearing
 from rlmono.models.mapping import Tensor
 from rlmono.weights import fp8
-from rlmono.weights.export import Groups
+from rlmono.weights.export import BUCKET_BYTES, Groups, Named
 
 log = logging.getLogger(__name__)
 SHARD_BYTES = 5 * 2**30
@@ -192,6 +194,36 @@ def _hf_shapes(tensor: Tensor, shard: torch.Tensor, size: int, vocab_size: int) 
     """The shapes that the HF tensors must have to make this rank's part."""
     full = tensor.join([torch.empty_like(shard, device="meta")] * (1 if tensor.replicated else size))
     return [part[:vocab_size].shape if tensor.vocabulary else part.shape for part in tensor.to_hf(full)]
+
+
+class Folder:
+    """An HF folder that gives its weights to an engine as a trainer does: `weights.update.Exporter`."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype):
+        self.folder, self.dtype, self.index = folder, dtype, index_of(folder)
+
+    def export(self) -> Iterator[Named]:
+        """Buckets of (HF name, full tensor), layer by layer: an engine takes some of a layer's tensors only together. Layers for next-token
+        prediction and saved rotary frequencies are left out."""
+        left_out = set(prediction_tensors(self.index))
+        names = sorted((n for n in self.index if n not in left_out and not n.endswith(".inv_freq")), key=_layer)
+        bucket: Named = []
+        for _, layer in itertools.groupby(names, key=_layer):
+            if sum(t.nbytes for _, t in bucket) >= BUCKET_BYTES:
+                yield bucket
+                bucket = []
+            bucket += [(name, self._as_trained(name, read(self.index, self.folder, name))) for name in layer]
+        yield bucket
+
+    def _as_trained(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        kept = tensor.dtype == fp8.FP8 or not tensor.is_floating_point() or name.endswith((*FLOAT32, *fp8.SCALE_SUFFIXES))
+        return tensor if kept else tensor.to(self.dtype)
+
+
+def _layer(name: str) -> tuple[str, int]:
+    """What comes before the layer's number, and the number; -1 where there is none."""
+    found = re.match(r"(.*?\.)(\d+)\.", name)
+    return (found[1], int(found[2])) if found else ("", -1)
 
 
 # ---------------------------------------------------------------- writing

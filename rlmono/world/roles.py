@@ -109,26 +109,38 @@ class RankGrid:
 def _wanted_world(config: Config) -> tuple[int, int]:
     per_node = config.actor_num_gpus_per_node or 1
     train = config.actor_num_nodes * per_node
-    if config.colocate or config.loss_type == "sft":
+    if config.colocate or _trains_alone(config):
         return config.actor_num_nodes, per_node + 1
     serve = config.rollout_num_gpus or 0
+    if config.debug_rollout_only:
+        nodes = -(-serve // 8)
+        return max(nodes, 1), -(-serve // max(nodes, 1)) + 1
     if config.actor_num_nodes == 1 and per_node + serve <= 8:
         return 1, per_node + serve + 1
     return config.actor_num_nodes + -(-serve // per_node), -(-(train + serve) // (config.actor_num_nodes + -(-serve // per_node))) + 1
 
 
+def _trains_alone(config: Config) -> bool:
+    """Nothing serves: the samples are there already."""
+    return config.loss_type == "sft" or config.debug_train_only
+
+
 def _deal(config: Config, nodes: int, per_node: int, device_rank: list[int]) -> tuple[list[int], list[int]]:
     """(ranks that train, ranks that serve)."""
     world = f"This world has {nodes} node(s) with {per_node} device rank(s) and a host rank each"
-    sft = config.loss_type == "sft"
-    if config.colocate or sft:
+    if config.colocate or _trains_alone(config):
         wanted = config.actor_num_gpus_per_node
         if wanted is not None and (wanted != per_node or config.actor_num_nodes != nodes):
             raise WorldError(f"{world}, but --actor-num-nodes {config.actor_num_nodes} --actor-num-gpus-per-node {wanted} asks for "
                              f"{config.actor_num_nodes} x {wanted}: start {config.actor_num_nodes} node(s) with `--nproc-per-node {wanted + 1}` "
                              f"(devices + 1 host rank).")
-        return device_rank, [] if sft else device_rank
+        return [] if config.debug_rollout_only else device_rank, [] if _trains_alone(config) else device_rank
     train_per_node, serve = config.actor_num_gpus_per_node, config.rollout_num_gpus
+    if config.debug_rollout_only:
+        if serve != len(device_rank):
+            raise WorldError(f"{world}, but --debug-rollout-only starts the --rollout-num-gpus {serve} that serve, and no others: on one node start "
+                             f"`--nproc-per-node {(serve or 1) + 1}` (devices + 1 host rank).")
+        return [], device_rank
     if train_per_node is None or serve is None:
         raise WorldError("Without --colocate, give --actor-num-gpus-per-node (devices that train) and --rollout-num-gpus (devices that serve).")
     train = config.actor_num_nodes * train_per_node

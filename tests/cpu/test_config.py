@@ -270,6 +270,11 @@ def test_wrong_env_file(small: Callable[..., Config], tmp_path: Path) -> None:
     ("--num-layers 28", "flag --num-layers: num_layers is 28, but"),
     ("--eval-interval 5", "eval_interval 5 needs --eval-prompt-data"),
     ("--eval-prompt-data a /nowhere.jsonl", "eval_prompt_data /nowhere.jsonl: there is no such file"),
+    ("--debug-train-only", "debug_train_only needs --load-debug-rollout-data"),
+    ("--debug-rollout-only --load-debug-rollout-data a{{rollout_id}}", "leave one of the two out"),
+    ("--save-debug-rollout-data a.jsonl", "save_debug_rollout_data a.jsonl: each rollout would overwrite the one before"),
+    ("--save-debug-rollout-data {{rollout}}.jsonl", "save_debug_rollout_data {rollout}.jsonl: only {rollout_id} can be filled in"),
+    ("--load-debug-rollout-data {{rollout_id", "load_debug_rollout_data {rollout_id: only {rollout_id} can be filled in"),
     ("--prompt-data-weights 1 2", "prompt_data_weights 1.0 2.0 has 2 value(s) for 1 --prompt-data: give one for each"),
     ("--prompt-data-weights 0", "prompt_data_weights 0.0: each must be above 0"),
     ("--prompt-data /nowhere.jsonl@[0:5]", "prompt_data /nowhere.jsonl@[0:5]: there is no such file"),
@@ -291,6 +296,15 @@ def test_wrong_env_file(small: Callable[..., Config], tmp_path: Path) -> None:
 ])
 def test_contradictions(small: Callable[..., Config], flags: str, part: str) -> None:
     assert len([line for line in problems(lambda: small(flags)) if part in line]) == 1
+
+
+def test_debugging_leaves_out_what_is_not_needed(small: Callable[..., Config], root: Path) -> None:
+    sets = f"--eval-prompt-data {root}/aime-2024/aime-2024.jsonl --eval-interval 1"
+    c = small(f"--load-debug-rollout-data saved/{{{{rollout_id}}}} {sets}", without="--prompt-data --rm-type --label-key")
+    assert c.debug_train_only and c.eval_prompt_data is None and c.eval_interval is None and "evaluation is ignored: nothing generates" in c.notes
+    c = small(f"--debug-rollout-only --save s --save-interval 1 --load l {sets}")
+    assert (c.save, c.save_interval, c.load) == (None, None, None) and c.eval_prompt_data
+    assert any("weights are those of hf_checkpoint" in note for note in c.notes)
 
 
 @pytest.mark.parametrize("without, part", [

@@ -76,8 +76,19 @@ def test_sft_has_no_engine() -> None:
     assert (grid.trainers, grid.engines, grid.pool_of(0)) == ((0, 1), (), (0, 1))
 
 
+@pytest.mark.parametrize("placement", [dict(colocate=True), dict(actor_num_gpus_per_node=2, rollout_num_gpus=2)])
+def test_debugging_starts_one_role_alone(placement: dict[str, Any]) -> None:
+    grid = RankGrid.for_config(config(debug_rollout_only=True, tensor_model_parallel_size=2, **placement), 1, 3)
+    assert (grid.trainers, grid.engines, grid.pool_of(0), grid.data_parallel_size) == ((), ((0,), (1,)), (0, 1), 0)
+    grid = RankGrid.for_config(config(debug_train_only=True, tensor_model_parallel_size=2, **placement), 1, 3)
+    assert (grid.trainers, grid.engines, grid.pool_of(0), grid.data_parallel_size) == ((0, 1), (), (0, 1), 1)
+
+
 @pytest.mark.parametrize(("values", "expected"), [
     (dict(colocate=True, actor_num_gpus_per_node=4), (1, 5)),
+    (dict(actor_num_gpus_per_node=2, rollout_num_gpus=3, debug_rollout_only=True), (1, 4)),
+    (dict(actor_num_gpus_per_node=2, rollout_num_gpus=16, debug_rollout_only=True), (2, 9)),
+    (dict(actor_num_gpus_per_node=2, rollout_num_gpus=3, debug_train_only=True), (1, 3)),
     (dict(colocate=True, actor_num_gpus_per_node=8, actor_num_nodes=4), (4, 9)),
     (dict(actor_num_gpus_per_node=2, rollout_num_gpus=2), (1, 5)),
     (dict(actor_num_gpus_per_node=8, actor_num_nodes=2, rollout_num_gpus=16), (4, 9)),
@@ -94,6 +105,7 @@ def test_the_world_that_a_config_asks_for(values: dict[str, Any], expected: tupl
     (dict(colocate=True, actor_num_gpus_per_node=4, actor_num_nodes=2), 1, 5, "start 2 node(s)"),
     (dict(actor_num_gpus_per_node=2, rollout_num_gpus=2), 1, 4, "--nproc-per-node 5"),
     (dict(), 1, 3, "--rollout-num-gpus"),
+    (dict(rollout_num_gpus=2, debug_rollout_only=True), 1, 4, "--nproc-per-node 3"),
     (dict(colocate=True, tensor_model_parallel_size=2), 1, 4, "no multiple of tensor 2"),
     (dict(colocate=True, rollout_num_gpus_per_engine=2), 1, 4, "--rollout-num-gpus-per-engine 2"),
     (dict(colocate=True, rollout_num_gpus_per_engine=2), 2, 4, "must divide the node"),
