@@ -38,7 +38,7 @@ class Run:
     dry_run: bool = option(False, "Print and write the resolved config, the rank grid and the batch arithmetic; start nothing.")
     start_timeout_s: float = option(900.0, "Deadline for all ranks to meet and build their engines and trainers.", minimum=1)
     phase_timeout_s: float = option(7200.0, "Deadline for one phase: a whole rollout, train step, update or save.", minimum=1)
-    heartbeat_timeout_s: float = option(120.0, "A node or device rank that is silent for so long is taken for dead.", minimum=1)
+    heartbeat_timeout_s: float = option(120.0, "A node, or an engine with requests, is taken for dead when it is silent for so long.", minimum=1)
     debug_rollout_only: bool = option(False, "Generate and evaluate with the weights of --hf-checkpoint, never train; no trainer is started.")
     debug_train_only: bool = option(False, "Train on --load-debug-rollout-data, never generate; no engine is started.")
     save_debug_rollout_data: Optional[str] = option(

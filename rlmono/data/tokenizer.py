@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,6 +57,20 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         return self.hf.decode(list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+
+    def decode_batch(self, batch: Sequence[Sequence[int]], skip_special_tokens: bool = False) -> list[str]:
+        """`decode` of each. Where the folder has a fast tokenizer it works on several at once and without Python's lock."""
+        if self._decodes_in_rust:
+            return self.hf.backend_tokenizer.decode_batch([list(ids) for ids in batch], skip_special_tokens=skip_special_tokens)
+        return [self.decode(ids, skip_special_tokens) for ids in batch]
+
+    @functools.cached_property
+    def _decodes_in_rust(self) -> bool:
+        """It is a fast tokenizer, and no model's class has a way of its own to decode."""
+        from transformers import PreTrainedTokenizerFast
+        kind = type(self.hf)
+        fast = PreTrainedTokenizerFast
+        return issubclass(kind, fast) and (kind.decode, kind._decode) == (fast.decode, fast._decode)
 
     def chat_with_mask(self, messages: Messages, tools: Tools = None) -> tuple[list[int], list[int]]:
         """A conversation's ids, and a loss mask of the same length: 1 on what the assistant says and on the token that

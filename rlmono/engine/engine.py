@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from typing import Any, Iterable, Mapping, Optional, Sequence
 
 import torch
@@ -20,8 +21,8 @@ from rlmono.config.schema import Config
 from rlmono.engine import compat
 from rlmono.engine.invariant import BatchInvariant
 from rlmono.engine.rng import EngineRng
-from rlmono.world.channel import HostLink
-from rlmono.world.messages import Abort, EndPhase, Generate, Output, Outputs
+from rlmono.world.channel import HEARTBEAT_S, HostLink
+from rlmono.world.messages import Abort, EndPhase, Generate, Heartbeat, Output, Outputs
 
 log = logging.getLogger(__name__)
 
@@ -145,6 +146,7 @@ class _Traffic:
     def __init__(self, engine: Engine, link: HostLink):
         self._engine, self._link = engine, link
         self._partial: dict[str, tuple[list[int], list[float]]] = {}
+        self._beaten = 0.0
 
     def make_channels(self, *, is_rank_zero: bool, **_: Any) -> Any:
         """Stands for SchedulerIpcChannels.create."""
@@ -157,6 +159,7 @@ class _Traffic:
         """Stands for SchedulerRequestReceiver._pull_raw_reqs: all messages that have come, as SGLang's requests."""
         if not self._engine.is_first:
             return None
+        self._beat()
         requests: list[Any] = []
         while not receiver.recv_limit_reached(len(requests)):
             message = self._link.receive_now()
@@ -166,6 +169,12 @@ class _Traffic:
             if isinstance(message, EndPhase):       # what follows is for the next phase
                 break
         return requests
+
+    def _beat(self) -> None:
+        """SGLang's loop comes by here before every step: the host learns that it goes round."""
+        if (now := time.monotonic()) - self._beaten >= HEARTBEAT_S:
+            self._beaten = now
+            self._link.send(Heartbeat())
 
     def _to_sglang(self, message: Any) -> Any:
         from sglang.srt.managers.io_struct import AbortReq, ShutdownReq

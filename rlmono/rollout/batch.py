@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from typing import Any, Sequence
 
@@ -102,12 +101,10 @@ def _zero_std(groups: Sequence[Group], config: Config) -> dict[str, float]:
     return {"rollout/zero_std/ratio": len(flat) / max(len(groups), 1), **{k: float(n) for k, n in counts.items()}}
 
 
-_REPEATED = re.compile(r"(.{20,200}?)\1{3,}\Z", re.DOTALL)
-
-
 def has_repetition(text: str) -> bool:
     """The text ends with one passage of 20 to 200 characters, four times or more."""
-    return _REPEATED.search(text[-1000:]) is not None
+    end = text[-800:]
+    return any(end[-4 * n:-n] == end[-3 * n:] for n in range(20, min(200, len(end) // 4) + 1))
 
 
 def eval_statistics(name: str, groups: Sequence[Group], config: Config) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
+from collections import Counter
 from typing import Any, Coroutine, Iterable, Sequence
 
 import msgspec
@@ -13,9 +14,9 @@ import zmq
 from rlmono.config.schema import Config
 from rlmono.data.sample import Sample
 from rlmono.rollout.failures import Failures
-from rlmono.rollout.host import HEARTBEAT_S, NodeHost
+from rlmono.rollout.host import NodeHost
 from rlmono.rollout.tasks import cancel, send_now, while_healthy
-from rlmono.world.channel import HostMesh
+from rlmono.world.channel import HEARTBEAT_S, HostMesh
 from rlmono.world.messages import EndPhase, Failed, Goodbye, GroupDone, Heartbeat, Message, Relay, Report, RunGroup, Sampling, decode, encode
 from rlmono.world.roles import RankGrid
 
@@ -27,6 +28,7 @@ class Cluster:
         self.config, self.grid, self.host, self.mesh = config, grid, host, mesh
         host._upward = self._from_device
         self.failures = Failures(config.rollout_max_failed_share)
+        self._strays: Counter[str] = Counter()
         self._load = [0] * len(grid.engines)
         self._jobs: dict[int, asyncio.Future[GroupDone]] = {}
         self._numbers = itertools.count()
@@ -36,7 +38,7 @@ class Cluster:
         self._heard: dict[int, float] = {}          # other hosts, from their first message on
 
     async def start(self) -> None:
-        loops = {"reading from devices": self.host.read_devices()}
+        loops = {"reading from devices": self.host.read_devices(), "watching the engines": self.host.watch_engines()}
         if self.mesh is not None:
             loops |= {"reading from hosts": self._read_mesh(self.mesh), "the heartbeat": self._beat(self.mesh)}
         self._background = [asyncio.create_task(loop, name=name) for name, loop in loops.items()]
@@ -76,8 +78,14 @@ class Cluster:
             self._load[engine] -= len(samples)
         if done.error:
             raise RuntimeError(f"group {samples[0].group_index} (prompt line in its metadata: {samples[0].metadata}) failed: {done.error}")
+        self._strays.update(done.strays)
         self.failures.add(done.failures)
         return done.samples
+
+    def take_strays(self) -> dict[str, float]:
+        """`rollout/stray_answers/…`: answers of engines that nobody waited for, by kind, since the last call."""
+        taken, self._strays = self._strays, Counter()
+        return {f"rollout/stray_answers/{kind}": float(n) for kind, n in taken.items()}
 
     async def _run(self, job: RunGroup) -> GroupDone:
         host = self.grid.host_of(self.grid.engines[job.engine][0])

@@ -172,7 +172,7 @@ class Controller:
     def _log(self, rollout_id: int, groups: list[Group], values: dict[str, float], seconds: float) -> None:
         values = values | self._spent | self.prompts.left_out() | {"perf/step_time": seconds}
         if self.config.loss_type != "sft":
-            values |= rollout_statistics(groups, self.config) | self.cluster.failures.counts("rollout/failed/")
+            values |= rollout_statistics(groups, self.config) | self.cluster.failures.counts("rollout/failed/") | self.cluster.take_strays()
         if self.cluster.grid.engines:
             generated = sum(s.response_length for g in groups for s in g)
             values["perf/tokens_per_gpu_per_sec"] = generated / self._spent["perf/rollout_time"] / len(self.cluster.grid.engine_ranks)

@@ -5,6 +5,8 @@ Such a call is a counted, named outcome of its sample:
     prompt_empty, prompt_too_long       nothing to generate from: not called
     generate_error                      it raised
     generate_timeout                    it did not return within --generate-timeout-s
+    engine_timeout                      likewise, while it waited for the engine
+    engine_refused                      the engine said why it would not answer
     generate_invalid                    it returned something that cannot be trained on
     generate_failed                     it returned a sample that it says has failed
 """
@@ -20,6 +22,7 @@ from typing import Any
 from rlmono.config.schema import Config
 from rlmono.data.sample import ABORTED, COMPLETED, FAILED, PENDING, TRUNCATED, Sample
 from rlmono.rewards.load import LoadError, load_function
+from rlmono.rollout.engines import EngineFault
 from rlmono.rollout.generate import GenerateState, as_dict, context_length, generate
 from rlmono.world.messages import Sampling
 
@@ -74,7 +77,10 @@ async def make_samples(function: Function, config: Config, sample: Sample, sampl
     except TimeoutError as e:
         if not deadline.expired():
             raise SampleFailed("generate_error", f"TimeoutError: {e}") from e
-        raise SampleFailed("generate_timeout", f"no return from it within --generate-timeout-s {config.generate_timeout_s:g}") from e
+        outcome, where = ("engine_timeout", f"; it waited for {state.engine.name}") if state.cancelled_at_engine else ("generate_timeout", "")
+        raise SampleFailed(outcome, f"no return from it within --generate-timeout-s {config.generate_timeout_s:g}{where}") from e
+    except EngineFault as e:
+        raise SampleFailed(e.outcome, str(e)) from e
     except (Exception, SystemExit) as e:
         raise SampleFailed("generate_error", f"{type(e).__name__}: {e}") from e
     if function is generate:

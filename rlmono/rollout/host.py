@@ -6,6 +6,7 @@ The controller (host rank 0) has the `NodeHost` of its own node in its process, 
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import time
 from typing import Callable, Optional
@@ -22,12 +23,12 @@ from rlmono.rollout.engines import EngineClient
 from rlmono.rollout.functions import SampleFailed, generate_function, make_samples
 from rlmono.rollout.generate import GenerateState
 from rlmono.rollout.tasks import cancel, send_now, while_healthy
-from rlmono.world.channel import HostMesh, PrivateFolder, bind_devices
+from rlmono.rollout.text import Texts
+from rlmono.world.channel import HEARTBEAT_S, HostMesh, PrivateFolder, bind_devices
 from rlmono.world.messages import EndPhase, Failed, Failure, Goodbye, GroupDone, Heartbeat, Message, Outputs, Relay, RunGroup, decode, encode
 from rlmono.world.roles import RankGrid
 
 log = logging.getLogger(__name__)
-HEARTBEAT_S = 2.0
 
 
 class NodeHost:
@@ -43,6 +44,7 @@ class NodeHost:
         if not self.serves:
             return
         self.tokenizer = Tokenizer(config.hf_checkpoint or "")
+        self.texts = Texts(self.tokenizer, config.rollout_skip_special_tokens)
         self.rewards = RewardPool(config)
         self._generate = generate_function(config)
         self._logged: set[str] = set()
@@ -56,13 +58,18 @@ class NodeHost:
         return EngineClient(name, lambda m: self._send(first_rank, encode(m)), concurrency)
 
     async def start(self) -> None:
+        """Start the reward workers; then what this process has built until now (modules, prompts) is left out of garbage collection: to go
+        through it takes a second, in which no request would be answered."""
         if self.serves:
             await self.rewards.start()
+            gc.collect()
+            gc.freeze()
 
     async def close(self) -> None:
         if self.serves:
             await self._endpoint.close()
             await self.rewards.close()
+            self.texts.close()
         self._router.close()
 
     async def read_devices(self) -> None:
@@ -72,8 +79,23 @@ class NodeHost:
             rank, message = int(identity.partition(b"/")[0]), decode(payload)
             if isinstance(message, Outputs):
                 self._by_rank[rank].deliver(message)
+            elif isinstance(message, Heartbeat):
+                self._by_rank[rank].heard()
             else:
                 self._upward(rank, message)
+
+    async def watch_engines(self) -> None:
+        """For ever: raises TimeoutError for an engine that has requests and is silent. It is looked at twice, so that what has come is read.
+        Before its first answer an engine may compile kernels for long: that is still its start."""
+        c, suspects = self.config, set[EngineClient]()
+        while True:
+            silent = {e for e in self.engines.values() if e.silent_s() > (c.heartbeat_timeout_s if e.tokens else c.start_timeout_s)}
+            for engine in suspects & silent:
+                raise TimeoutError(f"{engine.name} has {engine.waiting} requests, and nothing has come from it for {engine.silent_s():.0f} s: "
+                                   f"taken for dead (--heartbeat-timeout-s {c.heartbeat_timeout_s:g}; before a first answer --start-timeout-s "
+                                   f"{c.start_timeout_s:g})")
+            suspects = silent
+            await asyncio.sleep(min(HEARTBEAT_S, c.heartbeat_timeout_s / 4))
 
     def to_device(self, rank: int, payload: bytes) -> None:
         """A message of the controller for a device rank of this node; EndPhase is first checked against what still waits."""
@@ -96,7 +118,8 @@ class NodeHost:
         except Exception as e:
             log.exception("group %d failed", job.samples[0].group_index)
             return GroupDone(job.job, [], error=f"{type(e).__name__}: {e}")
-        return GroupDone(job.job, kept, seconds=time.perf_counter() - started, failures=[f for _, f in samples if f is not None])
+        return GroupDone(job.job, kept, seconds=time.perf_counter() - started, failures=[f for _, f in samples if f is not None],
+                         strays=self.engines[job.engine].take_strays())
 
     def _failed(self, sample: Sample, why: SampleFailed, evaluation: bool) -> tuple[list[Sample], Failure]:
         if (cause := f"{why.outcome}: {why}"[:200]) not in self._logged:
@@ -111,7 +134,7 @@ class NodeHost:
     async def _run_sample(self, job: RunGroup, sample: Sample) -> tuple[list[Sample], Optional[Failure]]:
         """What the generate function made of one sample, rewarded."""
         state = GenerateState(self.config, self.engines[job.engine], self.tokenizer, sample, job.sampling, job.evaluation,
-                              self._endpoint)
+                              self._endpoint, self.texts)
         try:
             samples = await make_samples(self._generate, self.config, sample, job.sampling, state)
         except SampleFailed as e:
@@ -150,7 +173,8 @@ async def serve_node(host: NodeHost, mesh: HostMesh, timeout_s: float) -> None:
         up(await host.run_group(job))
 
     running: set[asyncio.Task[None]] = set()
-    loops = {"reading from the controller": read_mesh(), "the heartbeat": beat(), "reading from devices": host.read_devices()}
+    loops = {"reading from the controller": read_mesh(), "the heartbeat": beat(), "reading from devices": host.read_devices(),
+             "watching the engines": host.watch_engines()}
     background = [asyncio.create_task(loop, name=name) for name, loop in loops.items()]
     try:
         while True:

@@ -25,6 +25,8 @@ from rlmono.world.store import Deadline, store_get
 
 log = logging.getLogger(__name__)
 _ZAP_DOMAIN = "rlmono"
+HEARTBEAT_S = 2.0
+"""From one heartbeat to the next, between hosts and from an engine that serves to its host."""
 
 
 class PrivateFolder:

@@ -125,13 +125,17 @@ class Failure(msgspec.Struct):
 
 
 class GroupDone(msgspec.Struct, tag=True):
-    """A node's host to the controller: the group's samples and what became of the others, or the error that ended it."""
+    """A node's host to the controller: the group's samples and what became of the others, or the error that ended it.
+
+    `strays` counts answers of its engine that nobody waited for, since the last group: late, twice, unknown; and those that never came.
+    """
 
     job: int
     samples: list[Sample]
     error: str = ""
     seconds: float = 0.0
     failures: list[Failure] = []
+    strays: dict[str, int] = {}
 
 
 class Relay(msgspec.Struct, tag=True):
@@ -148,7 +152,8 @@ class Goodbye(msgspec.Struct, tag=True):
 
 
 class Heartbeat(msgspec.Struct, tag=True):
-    """Between hosts: still here."""
+    """Between hosts, and engine to host while it serves: still here."""
+
 
 
 Message = Union[Generate, Abort, EndPhase, Outputs, TrainBatch, Report, Failed, RunGroup, GroupDone, Relay, Goodbye, Heartbeat]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Optional
@@ -12,7 +13,7 @@ import torch.distributed as dist
 import zmq
 
 from rlmono.world.channel import HostLink
-from rlmono.world.messages import Abort, EndPhase, Generate, Message, Output, Outputs, Sampling, decode, encode
+from rlmono.world.messages import Abort, EndPhase, Generate, Heartbeat, Message, Output, Outputs, Sampling, decode, encode
 
 DEADLINE_S = 60
 
@@ -63,10 +64,9 @@ class Host:
         """The next `count` answers by request; or those up to request `until`."""
         got: dict[str, Output] = {}
         while len(got) < count and until not in got:
-            if not self._router.poll(DEADLINE_S * 1000):
+            message = self._next(DEADLINE_S)
+            if message is None:
                 raise TimeoutError(f"{len(got)} of {count} answers, then nothing for {DEADLINE_S} s")
-            _, payload = self._router.recv_multipart()
-            message = decode(payload)
             assert isinstance(message, Outputs), message
             for item in message.items:
                 assert item.rid not in got, f"{item.rid} answered twice"
@@ -75,7 +75,16 @@ class Host:
 
     def quiet(self) -> bool:
         """Nothing more has come."""
-        return not self._router.poll(200)
+        return self._next(0.2) is None
+
+    def _next(self, timeout_s: float) -> Optional[Message]:
+        """The next message but heartbeats; None when there is none in time."""
+        end = time.monotonic() + timeout_s
+        while self._router.poll(max(0.0, end - time.monotonic()) * 1000):
+            message = decode(self._router.recv_multipart()[1])
+            if not isinstance(message, Heartbeat):
+                return message
+        return None
 
     def generate(self, engine: Any, requests: dict[int, list[Generate]]) -> dict[str, Output]:
         """A phase with these requests, by the engine's first rank; every answer."""

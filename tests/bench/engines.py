@@ -1,0 +1,61 @@
+"""Stand-ins for the engines of a node, in one process: `python tests/bench/engines.py ADDRESS ENGINES TOKENS RATE DELAY_S`.
+
+They speak the real messages over the real unix socket. Each request is answered with TOKENS tokens, no sooner than DELAY_S after it
+came, and RATE a second over all engines (0: as fast as it goes). An answer begins with the last two tokens of its prompt, and where
+its first two logprobs would be it has the times when its request came and when it went (monotonic, s).
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from collections import deque
+
+import zmq
+
+from rlmono.world.channel import HostLink
+from rlmono.world.messages import EndPhase, Generate, Output, Outputs
+
+STEP_S = 0.005
+"""Answers come in steps, as a scheduler's do."""
+VOCABULARY = 150_000
+
+
+def main(address: str, engines: int, tokens: int, rate: float, delay_s: float) -> None:
+    links = [HostLink(address, rank) for rank in range(engines)]
+    draw, poller = random.Random(0), zmq.Poller()
+    ids, log_probs = [draw.randrange(VOCABULARY) for _ in range(tokens)], [-draw.random() for _ in range(tokens)]
+    for link in links:
+        poller.register(link.socket, zmq.POLLIN)
+        link.report("ready", 0)
+    waiting: deque[tuple[float, HostLink, Generate]] = deque()
+    credit, stepped = 0.0, time.monotonic()
+    while True:
+        poller.poll(1 if waiting else 100)
+        for link in links:
+            while (message := link.receive_now()) is not None:
+                if isinstance(message, EndPhase):
+                    return
+                assert isinstance(message, Generate), message
+                waiting.append((time.monotonic(), link, message))
+        now = time.monotonic()
+        if not delay_s and now - stepped < STEP_S:
+            continue
+        credit, stepped = min(credit + rate * (now - stepped), max(1.0, rate * 0.1)) if rate else float(len(waiting)), now
+        if not delay_s:
+            waiting.rotate(draw.randrange(len(waiting) + 1))        # in another order
+        step: dict[HostLink, list[Output]] = {}
+        while waiting and credit >= 1 and waiting[0][0] + delay_s <= now:
+            came, link, request = waiting.popleft()
+            credit -= 1
+            ids[:2], log_probs[0] = request.input_ids[-2:], came
+            step.setdefault(link, []).append(Output(request.rid, ids[:], log_probs[:], "length", 1))
+        for link, items in step.items():
+            for item in items:
+                item.log_probs[1] = time.monotonic()
+            link.send(Outputs(items))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), *map(int, sys.argv[3:4]), *map(float, sys.argv[4:6]))      # type: ignore[call-arg]

@@ -1,0 +1,359 @@
+"""What one host rank carries: `python tests/bench/rollout.py`. Writes docs/benchmarks/rollout.json and docs/benchmarks.md.
+
+The product's own `NodeHost` and `Cluster`, with reward workers, run in this process as they do in the controller of a node with eight
+engines. The engines are stand-ins in a process of their own (engines.py) that speak the real messages over the real unix socket and
+answer at a set rate, so that the host's code is what is measured. Parts, all by default:
+
+    carry       requests that it finishes a second, and what a bare loop over the same socket does
+    latency     what it adds to a request at half of the load that it must carry
+    exact       200,000 requests: each answered by its own answer, once, in memory that does not grow
+    engine      the real CPU engine with the host, against a bare loop over the same scheduler
+
+The machine should do nothing else: the engines, the reward worker and the host need two cores between them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import dataclasses
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMAND = "python tests/bench/rollout.py"
+ENGINES, GROUP, PROMPT, VOCABULARY = 8, 8, 256, 150_000
+BASE = 100_000
+"""A sample's number is the last two tokens of its prompt, and so the first two of its answer: number = a·BASE + b."""
+LOADS = {128: 3000, 8192: 150}
+"""Tokens a response -> requests a second that a host must carry."""
+
+
+def main() -> int:
+    """0 when every figure has met its target."""
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "bench"), str(ROOT / "tests" / "cpu")]
+    import figures
+    makers = {"carry": carry, "latency": latency, "exact": exact, "engine": engine}
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("parts", nargs="*", default=list(makers), help="carry, latency, exact, engine; the others' figures are kept")
+    parts = parser.parse_args().parts
+    path = figures.FOLDER / "rollout.json"
+    kept = [f for f in (json.loads(path.read_text()) if path.exists() else []) if f["command"] not in {f"{COMMAND} {p}" for p in parts}]
+    machine, found = figures.this_machine(), []
+    for part in parts:
+        with tempfile.TemporaryDirectory() as tmp:
+            made = [f | {"command": f"{COMMAND} {part}", "machine": machine} for f in makers[part](Path(tmp))]
+        for f in made:
+            mark = "      " if figures.met(f) else "MISSED"
+            print(f"{mark} {f['name']}: {f['value']:.4g} {f['unit']}  {f['target']}  ({f['reference']}; {f.get('note', '')})", flush=True)
+        found += made
+    figures.write("rollout", sorted(kept + found, key=lambda f: f["command"]))
+    print(f"load of the machine at the end: {os.getloadavg()[0]:.1f}")
+    return 0 if all(map(figures.met, found)) else 1
+
+
+def figure(name: str, value: float, unit: str, target: str, reference: str, note: str = "") -> dict[str, Any]:
+    return {"name": name, "value": value, "unit": unit, "target": target, "reference": reference} | ({"note": note} if note else {})
+
+
+# ---------------------------------------------------------------- the product
+
+async def unrewarded(args: Any, sample: Any, sampling: Any, state: Any) -> Any:
+    """A generate function that rewards its samples itself: nothing is sent to reward workers."""
+    from rlmono.rollout.generate import generate
+    sample = await generate(args, sample, sampling, state)
+    sample.reward = 0.0
+    return sample
+
+
+def reward(args: Any, sample: Any, **_: Any) -> float:
+    """As little as a reward can do that reads the response."""
+    return float(len(sample.response) % 2)
+
+
+class Host:
+    """A node's host with its stand-ins, or with an engine of which `ready` tells. Build it with `host()`."""
+
+    def __init__(self, cluster: Any, tokens: int):
+        from rlmono.world.messages import Sampling
+        self.cluster, self.sampling, self.number = cluster, Sampling(tokens, ignore_eos=True), 0
+
+    def group(self, size: int = GROUP) -> list[Any]:
+        from rlmono.data.sample import Sample
+        first, self.number = self.number, self.number + size
+        return [Sample(index=i, group_index=first // size, tokens=[7] * (PROMPT - 2) + [i // BASE, i % BASE]) for i in range(first, first + size)]
+
+    async def rollout(self, groups: int, lengths: Sequence[int] = ()) -> list[Any]:
+        """As the controller does it: all groups at once, results in order. `lengths` are the groups' numbers of tokens, where they differ."""
+        sampling = [self.sampling] * groups if not lengths else [msgspec.structs.replace(self.sampling, max_new_tokens=n) for n in lengths]
+        done = await self.cluster.gather([self.cluster.run_group(self.group(), s, False) for s in sampling], 600, "the bench")
+        return [s for g in done for s in g]
+
+
+@contextlib.asynccontextmanager
+async def host(folder: Path, tokens: int, rate: float = 0.0, delay_s: float = 0.0, function: str = "") -> AsyncIterator[Host]:
+    """With stand-ins; see engines.py for `rate` and `delay_s`. `function` is a generate function of this file."""
+    if not (folder / "tokenizer.json").exists():
+        make_tokenizer(folder)
+    async with cluster(folder, ENGINES, **_function(function)) as (c, address):
+        engines = stand_ins(address, tokens, rate, delay_s)
+        try:
+            await c.reports("ready", 0, c.grid.devices, 120)
+            yield Host(c, tokens)
+            c.end_phase()
+            await asyncio.to_thread(engines.wait, 20)
+        finally:
+            engines.kill()
+
+
+def _function(name: str) -> dict[str, str]:
+    return {"custom_generate_function_path": f"{__file__}:{name}"} if name else {}
+
+
+def stand_ins(address: str, tokens: int, rate: float, delay_s: float) -> subprocess.Popen[bytes]:
+    command = [sys.executable, str(Path(__file__).with_name("engines.py")), address, *map(str, (ENGINES, tokens, rate, delay_s))]
+    return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+
+@contextlib.asynccontextmanager
+async def cluster(folder: Path, engines: int, **options: Any) -> AsyncIterator[tuple[Any, str]]:
+    """(the controller's view of one node with so many engines, the address of its socket)."""
+    import zmq.asyncio
+
+    from rlmono.config.schema import Config
+    from rlmono.rollout.cluster import Cluster
+    from rlmono.rollout.host import NodeHost
+    from rlmono.world.channel import PrivateFolder
+    from rlmono.world.roles import RankGrid
+    config = dataclasses.replace(Config(), hf_checkpoint=str(folder), colocate=True, actor_num_gpus_per_node=engines,
+                                 model={"vocab_size": VOCABULARY, "max_position_embeddings": 40_960}, custom_rm_path=f"{__file__}:reward", **options)
+    grid = RankGrid.for_config(config, 1, engines + 1)
+    sockets, context = PrivateFolder("bench0"), zmq.asyncio.Context()
+    c = Cluster(config, grid, NodeHost(config, grid, engines, sockets, context, lambda *_: None), None)
+    try:
+        await c.start()
+        yield c, sockets.address
+    finally:
+        await c.close()
+        context.term()
+        sockets.close()
+
+
+def make_tokenizer(folder: Path) -> None:
+    """A byte-level BPE tokenizer with as many tokens as those of large models; decoding needs no merges."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    draw, alphabet = random.Random(0), sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = list(alphabet)
+    seen = set(words)
+    letters = [c for c in alphabet if c.isascii() and c.isalpha()]
+    while len(words) < VOCABULARY:
+        word = ("Ġ" if draw.random() < 0.5 else "") + "".join(draw.choices(letters, k=draw.randrange(2, 7)))
+        if word not in seen:
+            seen.add(word)
+            words.append(word)
+    tokenizer = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": words[0], "fix_mistral_regex": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen3", "eos_token_id": 0}))
+
+
+# ---------------------------------------------------------------- carry
+
+def carry(tmp: Path) -> list[dict[str, Any]]:
+    """Engines that answer at 1.5 times the load that a host must carry: what it finishes is its own limit, or theirs."""
+    out = []
+    for tokens, load in LOADS.items():
+        size = f"{tokens}-token responses"
+        bare = echoed(tokens, load * 3)
+        out.append(figure(f"a bare loop over the same socket, {size}", bare, "requests/s", "", "a ceiling of the messages and the engines' process"))
+        for rewards in (True, False):
+            rate, cpu = asyncio.run(carried(tmp, tokens, load * 1.5, rewards, load // 4))
+            what = "rewarded in a worker" if rewards else "without rewards"
+            out.append(figure(f"finished, {size}, {what}", rate, "requests/s", f">= {load}", f"a bare loop in the same run: {bare:.0f}/s",
+                              f"engines answer {load * 1.5:g}/s; the loop takes {cpu * 1e6:.0f} µs a request, so {1 / cpu:.0f}/s of a core"))
+    return out
+
+
+async def carried(folder: Path, tokens: int, rate: float, rewards: bool, groups: int) -> tuple[float, float]:
+    """(requests a second, CPU seconds of the event loop's thread a request), the median of four rollouts after one."""
+    async with host(folder, tokens, rate, function="" if rewards else "unrewarded") as h:
+        await h.rollout(groups)
+        rates, loop = [], time.thread_time()
+        for _ in range(4):
+            begun = time.perf_counter()
+            check(await h.rollout(groups), tokens)
+            rates.append(groups * GROUP / (time.perf_counter() - begun))
+        return statistics.median(rates), (time.thread_time() - loop) / (4 * groups * GROUP)
+
+
+def check(samples: list[Any], tokens: int) -> None:
+    """Every sample has its own answer, once."""
+    for s in samples:
+        assert s.response_length == tokens == len(s.tokens) - PROMPT == len(s.rollout_log_probs), s.index
+        assert s.tokens[PROMPT] * BASE + s.tokens[PROMPT + 1] == s.index and s.reward is not None and s.response, s.index
+
+
+def echoed(tokens: int, requests: int) -> float:
+    """Requests a second of a loop that does nothing but encode, send, receive and decode."""
+    import zmq
+
+    from rlmono.world.channel import PrivateFolder
+    from rlmono.world.messages import EndPhase, Generate, Outputs, Sampling, decode, encode
+    sockets, context = PrivateFolder("bench0"), zmq.Context()
+    router = context.socket(zmq.ROUTER)
+    router.setsockopt(zmq.SNDHWM, 0)
+    router.setsockopt(zmq.RCVHWM, 0)
+    router.bind(sockets.address)
+    engines = stand_ins(sockets.address, tokens, 0.0, 0.0)
+    try:
+        for _ in range(ENGINES):
+            router.recv_multipart()         # ready
+        begun, done = time.perf_counter(), 0
+        for i in range(requests):
+            router.send_multipart([str(i % ENGINES).encode(), encode(Generate(f"{i:016x}", [7] * PROMPT, Sampling(tokens)))])
+        while done < requests:
+            message = decode(router.recv_multipart()[1])
+            assert isinstance(message, Outputs)
+            done += len(message.items)
+        rate = requests / (time.perf_counter() - begun)
+        for i in range(ENGINES):
+            router.send_multipart([str(i).encode(), encode(EndPhase())])
+        engines.wait(20)
+        return rate
+    finally:
+        engines.kill()
+        context.destroy(0)
+        sockets.close()
+
+
+# ---------------------------------------------------------------- latency
+
+def latency(tmp: Path) -> list[dict[str, Any]]:
+    """Requests come one by one, at random moments, and each is answered after a fixed time of its own."""
+    out = []
+    for tokens, load in LOADS.items():
+        for path, what in (("answered", "to its answer"), ("", "to its text and reward")):
+            added = asyncio.run(added_s(tmp, tokens, load / 2, path))
+            p50, p99 = statistics.median(added) * 1e3, statistics.quantiles(added, n=100)[98] * 1e3
+            out.append(figure(f"added to a request of {tokens} tokens {what}, p99", p99, "ms", "<= 5" if path == "answered" or tokens < 1000 else "",
+                              f"{load // 2} requests a second", f"median {p50:.2f} ms, of {len(added)}"))
+    return out
+
+
+async def answered(args: Any, sample: Any, sampling: Any, state: Any) -> Any:
+    """A generate function that ends with the engine's answer: neither text nor reward."""
+    from rlmono.rollout.generate import append_tokens
+    append_tokens(sample, await state.generate(sample.tokens, sampling))
+    sample.reward, sample.response = 0.0, "-"
+    return sample
+
+
+async def added_s(folder: Path, tokens: int, rate: float, path: str) -> list[float]:
+    """What each request took beyond its engine's time: from when it was made to when its engine had it, and from when that had
+    written its answer to when it was finished. Clocks are the machine's monotonic one."""
+    draw, seconds = random.Random(0), 8.0
+    async with host(folder, tokens, delay_s=0.1, function=path) as h:
+        async def one() -> float:
+            begun = time.monotonic()
+            (sample,) = await h.cluster.run_group(h.group(1), h.sampling, False)
+            ended, (came, went) = time.monotonic(), sample.rollout_log_probs[:2]
+            return float(came - begun + ended - went)
+        begun, at, tasks = time.monotonic(), 0.0, []
+        while at < seconds:
+            at += draw.expovariate(rate)
+            await asyncio.sleep(max(0.0, begun + at - time.monotonic()))
+            tasks.append(asyncio.create_task(one()))
+        added = await asyncio.gather(*tasks)
+        return list(added[len(added) // 10:])       # after the first second
+
+
+# ---------------------------------------------------------------- exact
+
+def exact(tmp: Path) -> list[dict[str, Any]]:
+    requests = 200_000
+    lost, strays, memory = asyncio.run(counted(tmp, requests))
+    warm = memory[len(memory) // 4:]
+    spread = max(abs(m / statistics.median(warm) - 1) for m in warm) * 100
+    return [figure(f"of {requests:,} requests answered out of order: lost, doubled or with another's answer", lost, "samples", "<= 0",
+                   "each sample names its request"),
+            figure("answers that nobody waited for", strays, "answers", "<= 0", "each request is answered once"),
+            figure("memory of the host after the first quarter: largest difference from its median", spread, "%", "<= 5",
+                   f"{statistics.median(warm) / 2**20:.0f} MiB resident", f"from {memory[0] / 2**20:.0f} MiB after the first rollout")]
+
+
+async def counted(folder: Path, requests: int) -> tuple[int, int, list[int]]:
+    groups, memory, wrong, seen = 500, [], 0, bytearray(requests)
+    async with host(folder, 128) as h:
+        for _ in range(requests // (groups * GROUP)):
+            samples = await h.rollout(groups)
+            for s in samples:
+                seen[s.index] += 1
+                wrong += s.response_length != 128 or s.tokens[PROMPT] * BASE + s.tokens[PROMPT + 1] != s.index or s.reward is None or not s.response
+            del samples
+            memory.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+        strays = int(sum(h.cluster.take_strays().values()))
+    return wrong + sum(n != 1 for n in seen), strays, memory
+
+
+# ---------------------------------------------------------------- the real engine
+
+MODELS = {"small": "4 layers of 256, 2.6M parameters", "quickstart": "1 layer of 128, 0.27M parameters"}
+CONCURRENCY, PHASES, LENGTHS = 64, 7, [128 + 32 * (i // GROUP % 8) for i in range(16 * GROUP)]
+
+
+def engine(tmp: Path) -> list[dict[str, Any]]:
+    """The host, with rewards, against a loop that hands SGLang its own requests and counts its outputs; phases of each in turn."""
+    import random_model
+
+    from rlmono.quickstart import write_model
+    random_model.main("tiny", tmp / "small")
+    write_model(tmp / "quickstart" / "model", 0)
+    out = []
+    for name, shape in MODELS.items():
+        served, bare = asyncio.run(phases(tmp / name / "model"))
+        cost = statistics.median(1 - s / b for s, b in zip(served[1:], bare[1:], strict=True)) * 100
+        out.append(figure(f"the host's share of tokens/s, {name} model on CPU", cost, "%", "<= 5" if name == "small" else "",
+                          f"a bare loop over the same scheduler: {statistics.median(bare[1:]):.0f} tokens/s",
+                          f"{shape}; {len(LENGTHS)} requests of {PROMPT} + {min(LENGTHS)} to {max(LENGTHS)} tokens, {CONCURRENCY} at a time; "
+                          f"with the host {statistics.median(served[1:]):.0f} tokens/s, medians of {PHASES - 1} phases"))
+    return out
+
+
+async def phases(model: Path) -> tuple[list[float], list[float]]:
+    """Tokens a second of each phase with the host, and of the bare loop's."""
+    from torchrun import free_port
+    async with cluster(model, 1, sglang_server_concurrency=CONCURRENCY) as (c, address):
+        command = [sys.executable, str(ROOT / "launch" / "torchrun.py"), "--nproc-per-node", "1", "--master-port", str(free_port()),
+                   str(Path(__file__).with_name("real_engine.py")), address, str(model), *map(str, (CONCURRENCY, PHASES, PROMPT, *LENGTHS))]
+        process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, stdout=sys.stderr)
+        try:
+            h, rates = Host(c, 0), []
+            for phase in range(PHASES):
+                await c.reports("ready", phase, [0], 300)
+                begun = time.perf_counter()
+                samples = await h.rollout(len(LENGTHS) // GROUP, LENGTHS[::GROUP])
+                rates.append(sum(s.response_length for s in samples) / (time.perf_counter() - begun))
+                c.end_phase()
+            return rates, (await c.reports("bare", 0, [0], 300))[0]["rates"]
+        finally:
+            process.terminate()
+            await asyncio.to_thread(process.wait, 20)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
