@@ -23,6 +23,8 @@ from rlmono.weights.export import BUCKET_BYTES, Groups, Named
 
 log = logging.getLogger(__name__)
 SHARD_BYTES = 5 * 2**30
+PART = 2**24
+"""Numbers that are looked at together."""
 # The files beside the weights that make a folder a model: configs, tokenizer, chat template.
 COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.py")
 INDEX = "model.safetensors.index.json"
@@ -108,10 +110,13 @@ def read(index: Index, folder: Path, name: str, shape: Optional[Sequence[int]] =
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """No infinity and no NaN; e4m3 has only NaN, with all bits but the sign's set."""
+    """No infinity and no NaN; e4m3 has only NaN, with all bits but the sign's set. A part at a time: torch's own needs as much memory again."""
+    if tensor.dtype != fp8.FP8 and not tensor.is_floating_point():
+        return True
+    parts = tensor.reshape(-1).split(PART)
     if tensor.dtype == fp8.FP8:
-        return not bool((tensor.view(torch.uint8) & 0x7F == 0x7F).any())
-    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+        return not any(bool((part.view(torch.uint8) & 0x7F == 0x7F).any()) for part in parts)
+    return all(bool(torch.isfinite(part).all()) for part in parts)
 
 
 def read_dequantised(index: Index, folder: Path, name: str, block: Sequence[int]) -> torch.Tensor:
