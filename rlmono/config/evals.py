@@ -43,6 +43,7 @@ class EvalSet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     stop_token_ids: tuple[int, ...] = ()
     rm_type: Optional[Text] = None
     custom_rm_path: Optional[Text] = None
+    custom_generate_function_path: Optional[Text] = None
     reward_key: Optional[Text] = None
     metadata_overrides: dict[str, Any] = {}
 

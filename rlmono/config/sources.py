@@ -94,7 +94,7 @@ def eval_sets(words: Sequence[str]) -> tuple[str, ...]:
     rest = list(words)
     while rest:
         word = rest.pop(0)
-        if re.search(r"/|\.(jsonl|parquet)(@\[.*\])?$", word):
+        if re.search(r"/|\.(jsonl|parquet|arrow)(@\[.*\])?$", word):
             sets += [re.sub(r"(\.\w+)?(@\[.*\])?$", "", word.rstrip("/").rsplit("/", 1)[-1]), word]
         elif rest:
             sets += [word, rest.pop(0)]

@@ -359,16 +359,17 @@ def _data(config: Config) -> Iterator[str]:
     except ConfigError as error:
         yield from error.problems
         return
-    name = "eval_config" if config.eval_config else "eval_prompt_data"
+    option = "eval_config" if config.eval_config else "eval_prompt_data"
     if config.eval_config is not None and config.eval_prompt_data:
         yield "eval_config and eval_prompt_data both name sets: give one of the two"
     for s in sets:
-        if s.custom_rm_path:
-            yield from _function(f"eval_config {config.eval_config}: set {s.name!r}: custom_rm_path", s.custom_rm_path)
+        for name, path in (("custom_rm_path", s.custom_rm_path), ("custom_generate_function_path", s.custom_generate_function_path)):
+            if path:
+                yield from _function(f"eval_config {config.eval_config}: set {s.name!r}: {name}", path)
         if s.rm_type:
             problems = [f"rm_type {s.rm_type} is none of {', '.join(RM_TYPES)}"] if s.rm_type not in RM_TYPES else _reward(s.config(config))
             yield from (f"eval_config {config.eval_config}: set {s.name!r}: {problem}" for problem in problems)
-    for name, path in (*(("prompt_data", p) for p in config.prompt_data or ()), *((name, s.path) for s in sets)):
+    for name, path in (*(("prompt_data", p) for p in config.prompt_data or ()), *((option, s.path) for s in sets)):
         if not _file(path).exists():
             yield f"{name} {path}: there is no such file"
     yield from _weights(config)

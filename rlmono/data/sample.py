@@ -38,6 +38,8 @@ class Sample(msgspec.Struct, omit_defaults=True):
     An eval set or a generate function sets them."""
     custom_rm_path: Optional[str] = None
     reward_key: Optional[str] = None
+    generate_function_path: Optional[str] = None
+    """The function that makes this sample, before `--custom-generate-function-path`; an eval set sets it."""
     remarks: list[str] = []
     """Counted, named outcomes that are worth a line in the metrics: `reward_timeout`, `reward_error`, …"""
 

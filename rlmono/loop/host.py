@@ -11,6 +11,7 @@ from typing import Any, Callable, Coroutine, Optional
 import zmq.asyncio
 
 from rlmono.checkpoint.store import CheckpointStore, find_checkpoint
+from rlmono.config.evals import eval_sets
 from rlmono.config.schema import Config
 from rlmono.config.show import resolved
 from rlmono.data.tokenizer import Tokenizer
@@ -22,7 +23,7 @@ from rlmono.observe.trackers import make_trackers
 from rlmono.rollout.cluster import Cluster
 from rlmono.rollout.controller import Controller
 from rlmono.rollout.debug import SavedRollouts
-from rlmono.rollout.functions import generate_function
+from rlmono.rollout.functions import function_at, generate_function
 from rlmono.rollout.host import NodeHost, serve_node
 from rlmono.rollout.prompts import Prompts
 from rlmono.world.channel import HostMesh, PrivateFolder, open_mesh
@@ -121,6 +122,9 @@ async def _control(world: World, folder: PrivateFolder, prompts: Prompts | Saved
 def plan_run(config: Config, attempt: str) -> tuple[Prompts | SavedRollouts, RunPlan]:
     """Read the data and the checkpoint, and say where the run begins. Raises ValueError with the remedy."""
     generate_function(config)       # refused here where it cannot be called
+    for s in eval_sets(config):
+        if s.custom_generate_function_path:
+            function_at(s.custom_generate_function_path)
     prompts = (SavedRollouts if config.debug_train_only else Prompts)(config, Tokenizer(config.hf_checkpoint or ""))
     store = CheckpointStore(config, attempt) if config.save else None
     if store:

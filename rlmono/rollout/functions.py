@@ -14,6 +14,7 @@ Such a call is a counted, named outcome of its sample:
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
 import math
 from collections.abc import Awaitable, Callable
@@ -41,7 +42,13 @@ class SampleFailed(Exception):
 def generate_function(config: Config) -> Function:
     """The default, or that of --custom-generate-function-path. LoadError when it cannot be loaded, or called."""
     path = config.custom_generate_function_path
-    return generate if path is None else adapted(load_function(path), path)
+    return generate if path is None else function_at(path)
+
+
+@functools.cache
+def function_at(path: str) -> Function:
+    """The generate function at a path. LoadError as above."""
+    return adapted(load_function(path), path)
 
 
 def adapted(function: Callable[..., Any], path: str) -> Function:

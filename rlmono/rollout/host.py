@@ -20,7 +20,7 @@ from rlmono.data.tokenizer import Tokenizer
 from rlmono.rewards.pool import RewardPool
 from rlmono.rollout.endpoint import Endpoint
 from rlmono.rollout.engines import EngineClient
-from rlmono.rollout.functions import SampleFailed, generate_function, make_samples
+from rlmono.rollout.functions import SampleFailed, function_at, generate_function, make_samples
 from rlmono.rollout.generate import GenerateState
 from rlmono.rollout.tasks import cancel, send_now, while_healthy
 from rlmono.rollout.text import Texts
@@ -135,8 +135,9 @@ class NodeHost:
         """What the generate function made of one sample, rewarded."""
         state = GenerateState(self.config, self.engines[job.engine], self.tokenizer, sample, job.sampling, job.evaluation,
                               self._endpoint, self.texts)
+        function = self._generate if sample.generate_function_path is None else function_at(sample.generate_function_path)
         try:
-            samples = await make_samples(self._generate, self.config, sample, job.sampling, state)
+            samples = await make_samples(function, self.config, sample, job.sampling, state)
         except SampleFailed as e:
             await self.engines[job.engine].settle()
             return self._failed(sample, e, job.evaluation)

@@ -84,6 +84,7 @@ class Prompts:
             for sample in (sample for group in groups for sample in group):
                 sample.metadata |= s.metadata_overrides
                 sample.rm_type, sample.custom_rm_path, sample.reward_key = s.rm_type, s.custom_rm_path, s.reward_key
+                sample.generate_function_path = s.custom_generate_function_path
             yield s, groups
 
     def _group(self, source: Source | Mixture, row: Any, group: int, sample: int, n: int) -> Group:

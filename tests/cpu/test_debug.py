@@ -159,16 +159,26 @@ GENERATES = ("--colocate", "--prompt-data", "{folder}/data/train.jsonl@[:9]", "-
              "--apply-chat-template", "--custom-rm-path", "{folder}/reward.py:reward", "--rollout-shuffle")
 
 
+AGENT = """
+async def agent(args, sample, sampling_params, state):
+    await state.turn(sample, {**sampling_params, "max_new_tokens": 1})
+    state.append_text(sample, "?")
+    await state.turn(sample)
+    return sample
+"""
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With a run that generates, trains and evaluates, and has saved its rollouts."""
     folder = tmp_path_factory.mktemp("debug")
     quickstart.make(folder / "data", 1)
     (folder / "reward.py").write_text("def reward(args, sample, **kwargs):\n    return len(set(sample.response)) / 10\n")
+    (folder / "agent.py").write_text(AGENT)
     (folder / "eval.yaml").write_text(f"""
         defaults: {{n_samples_per_eval_prompt: 2, temperature: 0.5}}
         datasets:
-          - {{name: two, path: "{folder}/data/eval.jsonl@[:2]", max_response_len: 3}}
+          - {{name: two, path: "{folder}/data/eval.jsonl@[:2]", max_response_len: 3, custom_generate_function_path: "{folder}/agent.py:agent"}}
           - {{name: five, path: "{folder}/data/eval.jsonl@[-5:]", n_samples_per_eval_prompt: 4, rm_type: math}}
     """)
     run(folder, "whole", *generates(folder), "--eval-config", folder / "eval.yaml", "--eval-interval", 1, "--save", folder / "whole" / "save",
@@ -189,6 +199,8 @@ def test_each_set_is_evaluated_its_own_way(folder: Path) -> None:
         assert f"eval/{name}/pass_at_{k}" in told[0] and f"eval/{name}/pass_at_{2 * k}" not in told[0]
         lines = [json.loads(line) for line in (folder / "whole" / "samples" / f"eval_{name}_2.jsonl").read_text().splitlines()]
         assert len(lines) == n and max(line["response_length"] for line in lines) == (3 if name == "two" else 6)
+        masked = [[part for mask, part in line.get("parts", ()) if not mask] for line in lines]
+        assert masked == [["?"] if name == "two" else []] * n
 
 
 def test_training_on_saved_rollouts_is_the_same_without_engines(folder: Path) -> None:
