@@ -88,7 +88,7 @@ class Data:
     prompt_data_weights: Optional[tuple[float, ...]] = option(
         None, "The share of each of several --prompt-data in what is given out. Default: its share of the rows.")
     lazy_data_above_mb: int = option(
-        256, "A prompt file of more than so many MB is read as it is needed: rows are checked when their turn comes, and shuffled by blocks.",
+        128, "A prompt file of more than so many MB is read as it is needed: rows are checked when their turn comes, and shuffled by blocks.",
         minimum=0)
     input_key: str = option("input", "Key of the prompt: a string, or a list of OpenAI messages.")
     label_key: Optional[str] = option(None, "Key of the label, for the reward.")

@@ -21,6 +21,9 @@ import pyarrow.parquet as pq
 from rlmono.data.jsonl import WINDOW_BYTES, sampled_digest
 from rlmono.data.rows import DataError
 
+Block = dict[str, pa.Array]
+"""The wanted columns of a block's rows."""
+
 
 class Columns:
     """A `RowFile` over several files; a subclass fills it and decodes blocks. `columns` are the ones that are wanted, as far as there are."""
@@ -30,7 +33,7 @@ class Columns:
         self.names: list[str] = []
         self._first = [0]
         self._sizes: list[int] = []
-        self._decoded: OrderedDict[int, pa.Table] = OrderedDict()
+        self._decoded: OrderedDict[int, Block] = OrderedDict()
         for file in self.files:
             try:
                 self._open(file)
@@ -48,7 +51,7 @@ class Columns:
         """Know the file's columns and blocks (`_add`)."""
         raise NotImplementedError
 
-    def _decode(self, k: int) -> pa.Table | pa.RecordBatch:
+    def _decode(self, k: int) -> Block:
         raise NotImplementedError
 
     def _add(self, rows: int, nbytes: int) -> None:
@@ -66,20 +69,19 @@ class Columns:
         return np.arange(self._first[k], self._first[k + 1], dtype=np.int64)
 
     def block_of(self, id: int) -> int:
-        return int(np.searchsorted(self._starts, id, "right")) - 1
+        return int(self._starts.searchsorted(id, "right")) - 1
 
     def row(self, id: int) -> Any:
         k = self.block_of(id)
-        table = self._decoded.get(k)
-        if table is None:
+        block = self._decoded.get(k)
+        if block is None:
             try:
-                table = self._decoded[k] = self._decode(k)
+                block = self._decoded[k] = self._decode(k)
             except (pa.ArrowException, OSError) as error:
                 raise ValueError(f"cannot be read: {str(error).splitlines()[0]}") from error
             while len(self._decoded) > self.window_blocks:
                 self._decoded.popitem(last=False)
-        row = table.slice(id - self._first[k], 1).to_pylist()[0]
-        return {name: _without_nulls(value) for name, value in row.items()}
+        return {name: _without_nulls(column[id - self._first[k]].as_py()) for name, column in block.items()}
 
     def where(self, id: int) -> str:
         return f"{self.path}[{id}]"
@@ -123,10 +125,11 @@ class Parquet(Columns):
             self._add(group.num_rows, sum(c.total_uncompressed_size for c in chunks if c.path_in_schema.split(".")[0] in wanted))
             self._groups.append((opened.metadata, file, i, wanted))
 
-    def _decode(self, k: int) -> pa.Table:
+    def _decode(self, k: int) -> Block:
         metadata, file, i, wanted = self._groups[k]
         with pq.ParquetFile(file, metadata=metadata) as opened:     # with many groups, reading the footer takes longer than a group
-            return opened.read_row_group(i, columns=wanted)
+            table = opened.read_row_group(i, columns=wanted)
+        return {name: table[name].combine_chunks() for name in table.schema.names}
 
 
 class Arrow(Columns):
@@ -151,8 +154,8 @@ class Arrow(Columns):
             self._add(batch.num_rows, batch.get_total_buffer_size())
             self._batches.append(batch.select(wanted))
 
-    def _decode(self, k: int) -> pa.RecordBatch:
-        return self._batches[k]
+    def _decode(self, k: int) -> Block:
+        return {name: self._batches[k][name] for name in self._batches[k].schema.names}
 
 
 def open_folder(path: str, columns: Sequence[str]) -> Columns:

@@ -81,7 +81,7 @@ class JsonLines:
         if self._lines is None:
             return f"{self.path} at byte {id}"
         ids, lines = self._lines
-        return f"{self.path}:{lines[np.searchsorted(ids, id)]}"
+        return f"{self.path}:{lines[ids.searchsorted(id)]}"
 
     def locate(self, id: int) -> str:
         if self._lines is not None:

@@ -24,7 +24,7 @@ from rlmono.data.rows import DataError, Prompt, RowFile, Rules
 
 logger = logging.getLogger(__name__)
 
-LAZY_ABOVE_BYTES = 256 * 2**20
+LAZY_ABOVE_BYTES = 128 * 10**6
 LISTED_ROWS = 10
 """Bad rows that are written out when they are skipped."""
 FIRST_ROWS = 1000
