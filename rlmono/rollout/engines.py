@@ -51,10 +51,11 @@ class EngineClient:
         async with self._room:
             rid = f"{self._prefix}{self._requests:012x}"        # one length: SGLang aborts by prefix
             self._requests += 1
-            if not self._waiting:
-                self.heard()
-            answer = self._waiting[rid] = asyncio.get_running_loop().create_future()
+            answer: asyncio.Future[Output] = asyncio.get_running_loop().create_future()
             self._send(Generate(rid, input_ids, sampling))
+            if not self.waiting:
+                self.heard()
+            self._waiting[rid] = answer
             try:
                 await asyncio.wait([answer], timeout=timeout_s)
             finally:

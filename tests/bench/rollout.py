@@ -313,7 +313,7 @@ async def counted(folder: Path, requests: int) -> tuple[int, int, list[int]]:
 # ---------------------------------------------------------------- the real engine
 
 MODELS = {"small": "4 layers of 256, 2.6M parameters", "quickstart": "1 layer of 128, 0.27M parameters"}
-CONCURRENCY, PHASES, LENGTHS = 64, 7, [128 + 32 * (i // GROUP % 8) for i in range(16 * GROUP)]
+CONCURRENCY, PHASES, LENGTHS = 32, 6, [64 + 16 * (i // GROUP % 8) for i in range(12 * GROUP)]
 
 
 def engine(tmp: Path) -> list[dict[str, Any]]:

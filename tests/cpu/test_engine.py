@@ -13,7 +13,7 @@ import torch
 from torchrun import WORLDS, Result, case_names, run_world
 
 from rlmono.engine.compat import _multinomial_with_seed
-from rlmono.rollout.engines import EngineClient
+from rlmono.rollout.engines import EngineClient, EngineFault
 from rlmono.world.messages import Abort, EndPhase, Generate, Message, Output, Outputs, Sampling
 
 SCRIPT = WORLDS / "engine.py"
@@ -107,7 +107,7 @@ def test_answers_find_their_request() -> None:
     asyncio.run(run())
 
 
-def test_unknown_late_and_doubled_answers_are_counted() -> None:
+def test_unknown_and_doubled_answers_are_counted() -> None:
     async def run() -> None:
         engine, sent = client()
         task = asyncio.create_task(engine.generate([1], Sampling(4), 10))
@@ -119,18 +119,23 @@ def test_unknown_late_and_doubled_answers_are_counted() -> None:
         engine.deliver(answer(request.rid))
         await task
         engine.deliver(answer(request.rid))
-        assert engine.unknown == 3
+        assert engine.take_strays() == {"unknown": 1, "twice": 2} and engine.take_strays() == {}
     asyncio.run(run())
 
 
 def test_a_request_that_is_not_answered_is_aborted() -> None:
     async def run() -> None:
         engine, sent = client()
-        with pytest.raises(TimeoutError, match=r"engine 0 has not answered a request of 3 \+ 4 tokens within 0.01 s"):
+        with pytest.raises(EngineFault, match=r"engine 0 has not answered a request of 3 \+ 4 tokens within 0.01 s"):
             await engine.generate([1, 2, 3], Sampling(4), 0.01)
         request, last = sent[0], sent[-1]
         assert isinstance(request, Generate) and isinstance(last, Abort) and last.rid == request.rid
-        engine.end_phase()          # nothing waits
+        with pytest.raises(RuntimeError, match="1 requests wait"):
+            engine.end_phase()      # the engine still has it
+        engine.deliver(Outputs([Output(request.rid, [], [], "abort", 3)]))
+        await engine.settle()
+        engine.end_phase()
+        assert engine.take_strays() == {}
     asyncio.run(run())
 
 
@@ -142,6 +147,6 @@ def test_a_refused_request_says_why() -> None:
         request = sent[0]
         assert isinstance(request, Generate)
         engine.deliver(answer(request.rid, error="the prompt is too long"))
-        with pytest.raises(RuntimeError, match=r"engine 0 refused a request of 3 \+ 4 tokens: the prompt is too long"):
+        with pytest.raises(EngineFault, match=r"engine 0 refused a request of 3 \+ 4 tokens: the prompt is too long"):
             await task
     asyncio.run(run())

@@ -307,7 +307,7 @@ async def misbehaves(args: Any, sample: Sample, sampling_params: Any, state: Any
 
 
 FAULTS = [("raise", "generate_error", "KeyError: 'a fault in the function'"), ("exit", "generate_error", "SystemExit: 3"),
-          ("hang", "generate_timeout", "--generate-timeout-s 0.2"), ("timeout", "generate_error", "TimeoutError: of its own"),
+          ("hang", "engine_timeout", "--generate-timeout-s 0.2; it waited for engine 0"), ("timeout", "generate_error", "TimeoutError: of its own"),
           ("none", "generate_invalid", "returned NoneType"), ("nothing", "generate_invalid", "returned an empty list"),
           ("text", "generate_invalid", "returned str"), ("twice", "generate_invalid", "one sample twice"),
           ("as given", "generate_invalid", "without a response"), ("failed", "generate_failed", "the game was lost"),
