@@ -37,7 +37,7 @@ CALL = re.compile(r"<calc>(.*?)</calc>", re.DOTALL)
 LANGUAGE = Language(("user", "assistant", "tool"), (BOXED, "<calc>", "</calc>"))
 LOW, HIGH = 32, 99
 """Products of these have four digits."""
-TOOL_STEPS, MIX_STEPS, MIX_TOOL_SHARE = 300, 150, 0.3
+TOOL_STEPS, MIX_STEPS, MIX_TOOL_SHARE = 450, 150, 0.3
 
 
 async def generate(args: Any, sample: Sample, sampling_params: Mapping[str, Any], state: GenerateState) -> Sample:

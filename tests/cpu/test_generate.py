@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from rlmono.data.sample import ABORTED, COMPLETED, FAILED, TRUNCATED, Sample
 from rlmono.data.tokenizer import Tokenizer, TokenizerError
 from rlmono.rewards.load import LoadError
 from rlmono.rollout.batch import rollout_statistics, train_batches
+from rlmono.rollout.cluster import Cluster
 from rlmono.rollout.failures import Failures
 from rlmono.rollout.functions import adapted
 from rlmono.rollout.generate import as_dict, as_sampling
+from rlmono.rollout.sampling import eval_sampling, rollout_sampling
 from rlmono.trainer.credit import sample_scores
 from rlmono.world.messages import Failure, GroupDone, Sampling
 
@@ -106,6 +109,11 @@ def test_an_aborted_sample_goes_on_in_the_middle_of_its_turn(tokenizer: Tokenize
     done, engine = run_group(make_config(tokenizer, CALCULATOR), scripted(tokenizer, "7</calc><|end|>", "4<|end|>"), [s], max_new_tokens=30)
     assert done.samples[0].response == "<calc>6*7</calc><|end|><|tool|>42<|end|><|assistant|>4<|end|>"
     assert engine.requests[0].sampling.max_new_tokens == 30 - 3, "less what is there"
+
+
+def test_strings_end_responses_in_rollouts_and_evaluations() -> None:
+    config = Config(rollout_stop=("</calc>", "."))
+    assert rollout_sampling(config, (2,)).stop == eval_sampling(config, (2,)).stop == ("</calc>", ".")
 
 
 async def says_more(args: Any, sample: Sample, sampling_params: dict[str, Any], state: Any) -> Sample:
@@ -360,3 +368,17 @@ def test_too_many_failures_end_the_run_with_the_last_ones_text() -> None:
     failures.add(failed(1))         # one always may
     with pytest.raises(RuntimeError, match="2 of 4"):
         failures.add(failed(1))
+
+
+def test_a_mistake_in_the_function_ends_the_run_within_its_first_calls(tokenizer: Tokenizer) -> None:
+    """The controller's side of it: 3 of 24 planned samples may fail, and the fourth ends the phase."""
+    async def run() -> None:
+        async with Standin(make_config(tokenizer, own("misbehaves")), lambda _: tokenizer.render("4<|end|>")) as host:
+            cluster = Cluster(dataclasses.replace(host.config, rollout_max_failed_share=0.125), host.host.grid, host.host, None)
+            cluster.failures.begin("generating rollout 0", 24)
+            groups = [[prompt(tokenizer, index=2 * g + i, metadata={"what": "raise" if i else "good"}) for i in range(2)] for g in range(4)]
+            for g in range(3):
+                assert [s.index for s in await cluster.run_group(groups[g], Sampling(20), False)] == [2 * g]
+            with pytest.raises(RuntimeError, match="4 of 24 samples have failed .*--rollout-max-failed-share 0.125.*KeyError: 'a fault"):
+                await cluster.run_group(groups[3], Sampling(20), False)
+    asyncio.run(run())

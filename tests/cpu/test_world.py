@@ -290,7 +290,7 @@ MESSAGES = [
     messages.TrainBatch(1, [messages.TrainStep([[messages.TrainSample(0, 0, 1.0, bytes(12), 1, b"\x01", bytes(4))]], 1, 1)], [(0, 0, 1.0)]),
     messages.Report("trained", 3, {"metrics": {"a": 1.5}, "reports": True}),
     messages.RunGroup(7, 0, [Sample(index=1, group_index=0, prompt="p", tokens=[1], metadata={"a": [1]})], messages.Sampling(5), False),
-    messages.GroupDone(7, [], error="why"),
+    messages.GroupDone(7, [], error="why", failures=[messages.Failure(3, "generate_error", "why")]),
     messages.Relay(3, msgspec.Raw(messages.encode(messages.EndPhase()))),
 ]
 
