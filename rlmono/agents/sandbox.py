@@ -20,7 +20,7 @@ EPERM, ENOSYS = 1, 38
 CLONE_THREAD = 0x10000
 PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 38, 22, 2
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446      # Landlock's calls, on every machine
-READ, WRITE = 0b1101, 0x7FF2 & ~0b1101      # execute, read files, read folders; everything else of Landlock's third version
+READ, WRITE = 0b1101, 0x7FF2      # execute, read files, read folders; everything else of Landlock's third version
 
 # audit architecture; calls that are denied; clone, clone3, prlimit64. linux/audit.h, asm/unistd.h
 #   new processes and programs · sockets · signals to and memory of others · limits · io_uring, which goes round this filter
