@@ -80,7 +80,7 @@ async def generate(args: Any, sample: Sample, sampling_params: Mapping[str, Any]
 async def run_python(code: str, limits: Limits = Limits()) -> Result:  # noqa: B008 - frozen
     """Run code in a sandbox of its own; at most AT_ONCE at a time."""
     async with _rooms.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(AT_ONCE)):
-        folder = tempfile.mkdtemp(prefix="rlmono-python-")      # mode 0700
+        folder = tempfile.mkdtemp(prefix="python-tool-")        # mode 0700; not named as what runs sweep away
         try:
             result = await _run(code, limits, folder)
         finally:
