@@ -102,7 +102,7 @@ class GenerateState:
             sample.status = TRUNCATED
             return False
         append_observation(sample, tokens)
-        sample.response = self.tokenizer.decode(sample.tokens[sample.prompt_length:], self.args.rollout_skip_special_tokens)
+        sample.response += self.tokenizer.decode(tokens, self.args.rollout_skip_special_tokens)     # few; a turn decodes the whole anew
         return True
 
     def endpoint(self, sample: Sample) -> AbstractAsyncContextManager[Session]:

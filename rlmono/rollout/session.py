@@ -19,7 +19,7 @@ from typing import Any, Optional, Union
 import msgspec
 
 from rlmono.data.sample import ABORTED, FAILED, TRUNCATED, Sample
-from rlmono.rollout.generate import GenerateState, append_observation, append_output, context_length
+from rlmono.rollout.generate import GenerateState, append_observation, append_tokens, context_length
 from rlmono.rollout.openai_format import ChatRequest, Choice, CompletionRequest, Key, Request, RequestError, cleaned, key, most_tokens, split_calls
 from rlmono.world.messages import Output
 
@@ -151,16 +151,21 @@ class Session:
             turns.append((digest.hex(), self._asked[digest]))
             self._asked[digest] += 1
         outputs = await asyncio.gather(*(state.generate(place.base.tokens, sampling, place.limit, turn) for turn in turns))
-        return [self._record(place, output, sampling.stop, calls, record, request.wants_tokens) for output in outputs]
+        return [await self._record(place, output, sampling.stop, calls, record, request.wants_tokens) for output in outputs]
 
-    def _record(self, place: Place, output: Output, stop: tuple[str, ...], calls: bool, record: Any, tokens: bool) -> Choice:
+    async def _record(self, place: Place, output: Output, stop: tuple[str, ...], calls: bool, record: Any, tokens: bool) -> Choice:
         if output.finish == "abort":
             self.aborted = True
             raise _over()
         state = self.state
         sample = copy.copy(place.base)
-        append_output(state.args, sample, output, state.tokenizer)
-        choice = self._choice(output, stop, calls, len(place.base.tokens))
+        append_tokens(sample, output)
+        ends = output.finish == "stop" and bool(output.output_ids) and output.output_ids[-1] in state.sampling.stop_token_ids
+        sample.response, text = await asyncio.gather(state.text(sample.tokens[sample.prompt_length:]),
+                                                     state.text(output.output_ids[:-1] if ends else output.output_ids))
+        if output.finish == "stop" and not ends:
+            text = text[:min((i for s in stop if (i := text.find(s)) >= 0), default=len(text))]
+        choice = self._choice(text, output, calls, len(place.base.tokens))
         if tokens:
             choice.tokens = [(state.tokenizer.decode([i]), p) for i, p in zip(output.output_ids, output.log_probs, strict=True)]
         answer = Answer(place.parent, sample, place.limit, len(output.output_ids), [])
@@ -170,16 +175,10 @@ class Session:
         self._answers.append(answer)
         return choice
 
-    def _choice(self, output: Output, stop: tuple[str, ...], calls: bool, prompt_tokens: int) -> Choice:
-        tokenizer, skip = self.state.tokenizer, self.state.args.rollout_skip_special_tokens
-        ids = output.output_ids
-        ends = output.finish == "stop" and bool(ids) and ids[-1] in self.state.sampling.stop_token_ids
-        text = tokenizer.decode(ids[:-1] if ends else ids, skip)
-        if output.finish == "stop" and not ends:
-            text = text[:min((i for s in stop if (i := text.find(s)) >= 0), default=len(text))]
+    def _choice(self, text: str, output: Output, calls: bool, prompt_tokens: int) -> Choice:
         text, asked = split_calls(text) if calls else (text, [])
         finish = "tool_calls" if asked and output.finish == "stop" else output.finish
-        return Choice(text, [(f"call_{next(self._calls)}", *call) for call in asked], finish, prompt_tokens, len(ids))
+        return Choice(text, [(f"call_{next(self._calls)}", *call) for call in asked], finish, prompt_tokens, len(output.output_ids))
 
     # ------------------------------------------------------------ samples
 

@@ -20,6 +20,7 @@ async def generate(args: Any, sample: Sample, sampling_params: dict[str, Any], s
     engine, generate = state.engine, state.engine.generate
 
     class Noting:
+        name = engine.name
         settle = staticmethod(engine.settle)
 
         @staticmethod

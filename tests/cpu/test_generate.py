@@ -296,6 +296,8 @@ async def misbehaves(args: Any, sample: Sample, sampling_params: Any, state: Any
         raise SystemExit(3)
     if what == "hang":
         await state.generate(sample.tokens)      # which the engine leaves open
+    if what == "sleep":
+        await asyncio.sleep(60)
     if what == "timeout":
         raise TimeoutError("of its own")
     if what in ("none", "nothing", "text", "twice"):
@@ -315,7 +317,8 @@ async def misbehaves(args: Any, sample: Sample, sampling_params: Any, state: Any
 
 
 FAULTS = [("raise", "generate_error", "KeyError: 'a fault in the function'"), ("exit", "generate_error", "SystemExit: 3"),
-          ("hang", "engine_timeout", "--generate-timeout-s 0.2; it waited for engine 0"), ("timeout", "generate_error", "TimeoutError: of its own"),
+          ("hang", "engine_timeout", "--generate-timeout-s 0.2; it waited for engine 0"),
+          ("sleep", "generate_timeout", "--generate-timeout-s 0.2"), ("timeout", "generate_error", "TimeoutError: of its own"),
           ("none", "generate_invalid", "returned NoneType"), ("nothing", "generate_invalid", "returned an empty list"),
           ("text", "generate_invalid", "returned str"), ("twice", "generate_invalid", "one sample twice"),
           ("as given", "generate_invalid", "without a response"), ("failed", "generate_failed", "the game was lost"),
