@@ -48,7 +48,8 @@ class Engine:
         compat.override(self._traffic.make_channels, self._traffic.pull)
         self.args = server_args(config, device=device, dtype=dtype, memory_saver=memory_saver)
         make_groups(engines, self.args, local_rank, "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
-        self.scheduler = self._build_scheduler(local_rank, stops=bool(config.rollout_stop or config.custom_generate_function_path))
+        stops = bool(config.rollout_stop or config.custom_generate_function_path or config.eval_config)
+        self.scheduler = self._build_scheduler(local_rank, stops)
         if config.deterministic and device == "cpu":
             # On CPU its constructor refuses torch_native, and its batch-invariant kernels are for GPUs; torch's CPU
             # kernels don't let a row depend on the batch, so all that is missing is that seeds are heeded.

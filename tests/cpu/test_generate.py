@@ -13,6 +13,7 @@ import pytest
 from standin import VERSION, ScriptedEngine, Standin, log_probs, make_config, make_folder, run_group
 
 from rlmono.agents.calculator import LANGUAGE, calculate
+from rlmono.config.evals import eval_sets
 from rlmono.config.schema import Config
 from rlmono.data.sample import ABORTED, COMPLETED, FAILED, TRUNCATED, Sample
 from rlmono.data.tokenizer import Tokenizer, TokenizerError
@@ -112,8 +113,9 @@ def test_an_aborted_sample_goes_on_in_the_middle_of_its_turn(tokenizer: Tokenize
 
 
 def test_strings_end_responses_in_rollouts_and_evaluations() -> None:
-    config = Config(rollout_stop=("</calc>", "."))
-    assert rollout_sampling(config, (2,)).stop == eval_sampling(config, (2,)).stop == ("</calc>", ".")
+    config = Config(rollout_stop=("</calc>", "."), eval_prompt_data=("a", "a.jsonl"))
+    [held_out] = eval_sets(config)
+    assert rollout_sampling(config, (2,)).stop == eval_sampling(held_out, (2,)).stop == ("</calc>", ".")
 
 
 async def says_more(args: Any, sample: Sample, sampling_params: dict[str, Any], state: Any) -> Sample:
