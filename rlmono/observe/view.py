@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
+import msgspec
 from rich.console import Console
 from rich.text import Text
 
@@ -20,6 +21,8 @@ COLOURS = {COMPLETED: "green", TRUNCATED: "yellow", ABORTED: "magenta", FAILED: 
 MASKED = "yellow"
 OPEN, CLOSE = "⟦", "⟧"
 """Around what was masked, where there are no colours."""
+
+SHOWN = ("index", "group_index", "prompt", "response", "parts", "label", "reward", "status", "remarks")
 
 Row = dict[str, Any]
 
@@ -63,22 +66,24 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 def read(path: Path) -> list[Row]:
     """The samples of a file. Raises ViewError with the line of one that is none."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        with path.open("rb") as file:
+            return [_row(path, number, line) for number, line in enumerate(file, 1) if line.strip()]
     except OSError as error:
         raise ViewError(f"{path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ViewError(f"{path} is no text; FILE is a jsonl of samples") from None
-    return [_row(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
 
-def _row(path: Path, number: int, line: str) -> Row:
+def _row(path: Path, number: int, line: bytes) -> Row:
+    """What is shown of a sample. Lists with an entry a token are left out: a rollout can have gigabytes of them."""
     try:
-        row = json.loads(line)
-    except ValueError as error:
+        row = msgspec.json.decode(line)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ViewError(f"{path}:{number} is not JSON: {error}") from None
     if not isinstance(row, dict) or not isinstance(row.get("tokens", row.get("response")), (list, str)):
         raise ViewError(f"{path}:{number} is no sample: it has neither tokens nor a response")
-    return {"index": 0, "group_index": 0, "status": PENDING, "response": "", **row}     # defaults are not written
+    length = row.get("response_length", 0)
+    lengths = {"response_length": length, "prompt_length": row.get("prompt_length", len(row.get("tokens", ())) - length)}
+    kept = {name: row[name] for name in SHOWN if name in row}
+    return {"index": 0, "group_index": 0, "status": PENDING, "response": "", **kept, **lengths}     # defaults are not written
 
 
 def select(rows: Sequence[Row], arguments: argparse.Namespace) -> list[Row]:
@@ -122,15 +127,12 @@ def show(console: Console, rows: Sequence[Row], wanted: Sequence[Row], arguments
 
 
 def _sample(row: Row, scale: tuple[float, float], chars: int, console: Console) -> Iterator[Text]:
-    tokens = row.get("tokens")
-    response_length = row.get("response_length", 0)
-    prompt_length = row.get("prompt_length", len(tokens) - response_length if tokens is not None else 0)
     reward, style = row.get("reward"), "bold yellow"
     if isinstance(reward, (int, float)) and scale[0] < scale[1] and reward in scale:
         style = "bold green" if reward == scale[1] else "bold red"
     shown = json.dumps(reward, ensure_ascii=False) if isinstance(reward, dict) else f"{reward:.4g}" if isinstance(reward, (int, float)) else "none"
     yield Text.assemble((f"── sample {row['index']}, group {row['group_index']} ── ", "bold"), "reward ", (shown, style), " ── ",
-                        (row["status"], COLOURS.get(row["status"], "")), f" ── {prompt_length} + {response_length} tokens",
+                        (row["status"], COLOURS.get(row["status"], "")), f" ── {row['prompt_length']} + {row['response_length']} tokens",
                         *([f" ── {', '.join(row['remarks'])}"] if row.get("remarks") else []))
     prompt = row.get("prompt", "")
     yield Text(_short(prompt if isinstance(prompt, str) else prompt_text(prompt), chars), style="dim cyan")
