@@ -61,7 +61,7 @@ def _judge(name: Any, source: str) -> Judge:
 
 def label_required(args: Any) -> bool:
     """Whether every prompt must have a label. (A prompt whose metadata names another reward is checked by `check_prompt`.)"""
-    return args.custom_rm_path is None and bool(args.rm_type) and reward_type(args.rm_type).labelled
+    return args.custom_rm_path is None and bool(args.rm_type) and _type(args.rm_type, "--rm-type").labelled
 
 
 def check_prompt(args: Any, label: Any, metadata: Mapping[str, Any]) -> None:

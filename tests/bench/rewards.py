@@ -71,7 +71,7 @@ async def pool_figures(folder: Path) -> list[dict[str, Any]]:
     for function, kind in (("one", "one after the other"), ("waits", "async")):
         pool, start_s = await started(custom_rm_path=f"{folder}/mine.py:{function}")
         try:
-            for make, n, what, target in ((short, 20_000, "128 tokens", ">= 3000"), (long, 600, "8k tokens", ">= 150")):
+            for make, n, what, target in ((short, 10_000, "128 tokens", ">= 3000"), (long, 400, "8k tokens", ">= 150")):
                 each, used = await rate(pool, [make(i) for i in range(n)])
                 name = f"empty reward, {kind}, samples of {what}"
                 out.append(figure(name, each, "rewards/s", target, "the finished requests that one host rank must carry"))
@@ -88,7 +88,7 @@ async def pool_figures(folder: Path) -> list[dict[str, Any]]:
 async def shipped_figures() -> list[dict[str, Any]]:
     out, args = [], Config(reward_key="score")
     for name, (label, response) in RESPONSES.items():
-        function, n = load_function(REWARD_TYPES[name].path), 2000
+        function, n = load_function(REWARD_TYPES[name].path), 1000
         samples = [Sample(index=i, label=label, response=response, metadata=FOLLOWED if name == "ifbench" else {}) for i in range(n)]
         assert function(args, samples[0])
         clock = time.perf_counter()
@@ -116,7 +116,7 @@ async def remote_figures() -> list[dict[str, Any]]:
     await site.start()
     pool, _ = await started(rm_type="remote_rm", rm_url=f"http://127.0.0.1:{runner.addresses[0][1]}/")
     try:
-        each, _ = await rate(pool, [short(i) for i in range(4000)])
+        each, _ = await rate(pool, [short(i) for i in range(2000)])
     finally:
         await pool.close()
         await runner.cleanup()

@@ -217,7 +217,7 @@ def use(tmp_path: Path) -> Callable[..., None]:
     (tmp_path / "mine.py").write_text(REWARDS)
 
     def use(body: Callable[[RewardPool], Coroutine[Any, Any, None]], function: str = "plain", **args: Any) -> None:
-        args = {"reward_timeout_s": 0.6, **args}
+        args = {"reward_timeout_s": 1.0, **args}
         config = Config(custom_rm_path=f"{tmp_path}/mine.py:{function}", **args)
 
         async def main() -> None:
@@ -272,10 +272,8 @@ def test_dict_rewards(use: Callable[..., None]) -> None:
 def test_a_lost_worker_costs_one_sample(use: Callable[..., None], caplog: pytest.LogCaptureFixture, fault: str, remark: str,
                                         workers: int) -> None:
     async def body(pool: RewardPool) -> None:
-        before = time.monotonic()
         with caplog.at_level(logging.WARNING):
             results = await scores(pool, *["ok"] * 10, fault, *["ok"] * 10, fault, "ok")
-        assert time.monotonic() - before < 8
         assert [r.remark for r in results] == [None] * 10 + [remark] + [None] * 10 + [remark, None]
         assert pool.outcomes == {"ok": 21, remark: 2}
     use(body, reward_workers=workers)
@@ -294,16 +292,12 @@ def test_a_stalled_loop_does_not_make_rewards_late(use: Callable[..., None]) -> 
 
 def test_async_rewards_work_at_the_same_time(use: Callable[..., None]) -> None:
     async def body(pool: RewardPool) -> None:
-        before = time.monotonic()
-        results = await scores(pool, *["wait 0.3"] * 60, "wait 30", "raise")
-        assert time.monotonic() - before < 3
+        results = await scores(pool, *["wait 0.5"] * 60, "wait 30", "raise")       # one after the other, only two would be in time
         assert [r.remark for r in results] == [None] * 60 + ["reward_timeout", "reward_error"]
     use(body, "waits")
 
     async def called(pool: RewardPool) -> None:
-        before = time.monotonic()
         assert {r.value for r in await scores(pool, *[""] * 40)} == {2.0}
-        assert time.monotonic() - before < 4
     use(called, "judge")
 
 
@@ -493,9 +487,8 @@ def test_cancelled_and_closed(use: Callable[..., None]) -> None:
         assert (await waiting[0]).remark is None
         stuck = asyncio.ensure_future(pool.score(Sample(response="hang")))
         await asyncio.sleep(0.1)
-        before = time.monotonic()
-        await pool.close(2.0)
-        assert time.monotonic() - before < 1.5
+        async with asyncio.timeout(15):     # it does not wait for a reward that is at work
+            await pool.close(40.0)
         with pytest.raises(RewardError, match="closed before this sample"):
             await stuck
     use(body, reward_timeout_s=20.0)
@@ -526,7 +519,7 @@ def test_no_worker_outlives_its_parent(tmp_path: Path) -> None:
         os.kill(parent.pid, signal.SIGKILL)
         parent.wait(10)
         parent.stdout.close()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 20
     while Path(f"/proc/{worker}").exists() and Path(f"/proc/{worker}/stat").read_text().split()[2] != "Z":
         assert time.monotonic() < deadline, f"worker {worker} is still there"
         time.sleep(0.02)
