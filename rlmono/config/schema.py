@@ -58,6 +58,11 @@ class Placement:
     actor_num_gpus_per_node: Optional[int] = option(None, "Training devices a node. Default: all device ranks, when colocated.", minimum=1)
     rollout_num_gpus: Optional[int] = option(None, "Devices that only generate (without --colocate).", minimum=1)
     rollout_num_gpus_per_engine: int = option(1, "Devices of one engine: its tensor-parallel size.", minimum=1)
+    offload_train: str = option(
+        "auto", "With --colocate, what of the trainer leaves the GPU while engines generate: optimizer is its state, gradients and reference "
+        "models; all is the weights too. auto moves as little as the KV cache allows.", choices=("auto", "none", "optimizer", "all"))
+    host_memory_gib: Optional[float] = option(
+        None, "Host memory of a node that may be pinned for --offload-train. Default: what the kernel and the cgroup say is free.", above=0.0)
 
 
 @dataclass(frozen=True)
@@ -255,7 +260,9 @@ class Parallel:
     expert_model_parallel_size: int = option(1, "Expert parallel.", minimum=1)
     expert_tensor_parallel_size: Optional[int] = option(
         None, "Tensor parallel of the experts.", minimum=1)
-    recompute_granularity: Optional[str] = option(None, "Recompute activations in the backward pass.", choices=("full", "selective"))
+    recompute_granularity: Optional[str] = option(
+        None, "Recompute activations in the backward pass; auto recomputes as many whole layers as memory asks.",
+        choices=("full", "selective", "auto"))
     recompute_method: Optional[str] = option(None, "With full recompute.", choices=("uniform", "block"))
     recompute_num_layers: Optional[int] = option(None, "With full recompute.", minimum=1)
 
@@ -301,6 +308,8 @@ class Observe:
     wandb_name: Optional[str] = option(None, "Name of the run at Weights & Biases. Default: the run directory's name.")
     log_samples: int = option(4, "Samples of each rollout to write as readable text (samples/*.jsonl; python -m rlmono view).", minimum=0)
     log_eval_samples: Optional[int] = option(None, "The same of each evaluation set. Default: all.", minimum=0)
+    profile: bool = option(False, "Write a trace of every device rank to <run_dir>/profile: open it in ui.perfetto.dev or chrome://tracing.")
+    profile_rollouts: tuple[int, ...] = option((1,), "Rollouts that --profile traces, counted from 0.")
     progress: str = option("auto", "Live progress on the controller's console; auto is rich on a terminal, plain lines elsewhere.",
                            choices=("auto", "rich", "plain", "none"))
 

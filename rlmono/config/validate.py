@@ -109,9 +109,10 @@ def unsupported(config: Config) -> list[str]:
              if (feature := option.coming(value := getattr(config, field.name), field.default))]
     found += [f"--sglang-{_dashes(name)} {_shown(value)}: {SGLANG_LATER[name]} come later"
               for name, value in config.sglang.items() if name in SGLANG_LATER and (value is True or value not in (None, False, 1, "none"))]
-    if quantization := config.model.get("quantization_config"):
+    if (quantization := config.model.get("quantization_config")) and not _block_fp8(quantization):
         method = quantization.get("quant_method", "quantised")
-        found.append(f"--hf-checkpoint {config.hf_checkpoint} holds {method} weights: rollouts in fp8 come later; use the bf16 folder")
+        found.append(f"--hf-checkpoint {config.hf_checkpoint} holds {method} weights that are not e4m3 in blocks of 128 x 128 with dynamic "
+                     "activations: rollouts with them come later; use the bf16 folder")
     return found
 
 
@@ -119,6 +120,9 @@ def on_device(config: Config, device: str) -> Config:
     """The config with remarks on options that depend on what ranks compute on (cpu or cuda). Raises ConfigError for what can't be done there."""
     c = config
     if device != "cuda":
+        if c.model.get("quantization_config") and c.loss_type != "sft":
+            raise ConfigError([f"--hf-checkpoint {c.hf_checkpoint} holds fp8 weights, and engines compute with them on GPUs only: on a CPU use the "
+                               "bf16 folder (python -m rlmono convert fp8-to-bf16)"])
         names = ("optimizer_cpu_offload", "overlap_cpu_optimizer_d2h_h2d", "use_precision_aware_optimizer")
         given = [f"--{_dashes(n)}" for n in names if getattr(c, n)]
         note = f"{', '.join(given)}: nothing to do on a CPU, where Adam and its states are in host memory anyway"
@@ -134,6 +138,11 @@ def on_device(config: Config, device: str) -> Config:
     if problems:
         raise ConfigError(problems)
     return c
+
+
+def _block_fp8(quantization: Mapping[str, Any]) -> bool:
+    return (quantization.get("quant_method") == "fp8" and list(quantization.get("weight_block_size") or ()) == [128, 128]
+            and quantization.get("activation_scheme", "dynamic") == "dynamic")
 
 
 def _shape(config: Config) -> Iterator[str]:

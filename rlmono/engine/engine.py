@@ -20,6 +20,7 @@ import torch.distributed as dist
 from rlmono.config.schema import Config
 from rlmono.engine import compat
 from rlmono.engine.invariant import BatchInvariant
+from rlmono.engine.loadplan import LoadPlan
 from rlmono.engine.rng import EngineRng
 from rlmono.world.channel import HEARTBEAT_S, HostLink
 from rlmono.world.messages import Abort, EndPhase, Generate, Heartbeat, Output, Outputs
@@ -50,6 +51,7 @@ class Engine:
         make_groups(engines, self.args, local_rank, "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
         stops = bool(config.rollout_stop or config.custom_generate_function_path or config.eval_config)
         self.scheduler = self._build_scheduler(local_rank, stops)
+        self._plan = LoadPlan(self._model())
         if config.deterministic and device == "cpu":
             # On CPU its constructor refuses torch_native, and its batch-invariant kernels are for GPUs; torch's CPU
             # kernels don't let a row depend on the batch, so all that is missing is that seeds are heeded.
@@ -82,15 +84,20 @@ class Engine:
 
     @torch.inference_mode()
     def load_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Copy full tensors with HF names into this rank's parameters; SGLang cuts its own shard. The engine must be idle."""
-        self.scheduler.tp_worker.model_runner.model.load_weights(named_tensors)
+        """Copy full tensors with HF names into this rank's parameters; SGLang cuts its own shard, and from the second time on its cuts are
+        replayed (loadplan.py). The engine must be idle."""
+        self._plan.load(list(named_tensors), self._model().load_weights)
+
+    def _model(self) -> Any:
+        return self.scheduler.tp_worker.model_runner.model
 
     def finish_update(self, version: int) -> None:
         """After the last `load_weights` of an update: drop what the old weights cached, and mark new samples with `version`."""
         self.drain()
         if not self.scheduler.flush_cache(empty_cache=False):
             raise RuntimeError("the engine still has requests after an update: its cache holds prefixes of the old weights")
-        compat.refresh_copies(self.scheduler.tp_worker.model_runner.model)
+        compat.refresh_copies(self._model())
+        self._plan.seal()
         self.weight_version = version
 
     @torch.inference_mode()
@@ -122,15 +129,17 @@ class Engine:
     def compare_weights(self, buckets: Iterable[Iterable[tuple[str, torch.Tensor]]]) -> list[str]:
         """Names of parameters that differ, in any bit, from what loading these tensors gives; [] when all are equal.
 
-        The tensors are loaded into poisoned stand-ins, so a parameter that nothing fills differs too.
+        The tensors are loaded into poisoned stand-ins by SGLang itself, so a parameter that nothing fills differs too, and so does one that the
+        load plan fills wrongly.
         """
-        live = dict(self.scheduler.tp_worker.model_runner.model.named_parameters())
+        live = dict(self._model().named_parameters())
         kept = {name: p.data for name, p in live.items()}
         try:
             for p in live.values():
                 p.data = torch.full_like(p.data, float("nan"))
             for bucket in buckets:
-                self.load_weights(bucket)
+                with torch.inference_mode():
+                    self._model().load_weights(bucket)
             return [name for name, p in live.items() if not torch.equal(_bits(p.data), _bits(kept[name]))]
         finally:
             for name, p in live.items():

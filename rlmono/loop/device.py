@@ -14,7 +14,6 @@ from rlmono.checkpoint import rng
 from rlmono.config.hf import model_shape
 from rlmono.config.schema import Config
 from rlmono.loop.world import RunPlan, Source, World
-from rlmono.memory.swap import Memory
 from rlmono.world.channel import HostLink
 from rlmono.world.devices import claim_gpu
 from rlmono.world.groups import init_pool
@@ -56,19 +55,18 @@ def _prepare_process(world: World) -> str:
     return world.device
 
 
-def build_trainer(world: World, plan: RunPlan, memory: Memory) -> Any:
+def build_trainer(world: World, plan: RunPlan) -> Any:
     """The trainer with its weights (and, on resume, its optimizer), and the other models that the config asks for."""
     from rlmono.trainer.trainer import Trainer
-    with memory.region("trainer"):
-        trainer = Trainer(world.config, getattr(torch, world.dtype), plan.total_steps)
-        _load_actor(trainer, plan.actor)
-        if trainer.needs_reference():
-            _load_frozen(trainer, trainer.add_reference(), plan.reference, world.config.model)
-        if plan.teacher is not None:
-            shape = model_shape(plan.teacher.folder) if plan.teacher.kind == "hf" else world.config.model
-            _load_frozen(trainer, trainer.add_teacher(shape), plan.teacher, shape)
-        if plan.critic is not None:
-            _load_critic(trainer.critic, plan.critic)
+    trainer = Trainer(world.config, getattr(torch, world.dtype), plan.total_steps)
+    _load_actor(trainer, plan.actor)
+    if trainer.needs_reference():
+        _load_frozen(trainer, trainer.add_reference(), plan.reference, world.config.model)
+    if plan.teacher is not None:
+        shape = model_shape(plan.teacher.folder) if plan.teacher.kind == "hf" else world.config.model
+        _load_frozen(trainer, trainer.add_teacher(shape), plan.teacher, shape)
+    if plan.critic is not None:
+        _load_critic(trainer.critic, plan.critic)
     return trainer
 
 

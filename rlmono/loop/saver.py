@@ -39,9 +39,12 @@ class Saver:
             # Of its own: the trainer's groups are in use while the thread writes.
             self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=world.config.phase_timeout_s))
 
+    def is_due(self, rollout_id: int) -> bool:
+        return self.store is not None and self.store.due(rollout_id, self.plan.num_rollout)
+
     def save_if_due(self, rollout_id: int) -> None:
         """Write (or begin to) and report; the controller makes it visible when every rank has reported. Raises OSError that names the folder."""
-        if self.store is None or not self.store.due(rollout_id, self.plan.num_rollout):
+        if self.store is None or not self.is_due(rollout_id):
             return
         self.wait()
         folder, behind = self.store.partial(rollout_id), self.world.config.async_save

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rlmono.loop.device import build_engine, ready, restore_random
+from rlmono.loop.profiling import RankPhases
 from rlmono.loop.saver import Saver
 from rlmono.loop.world import RunPlan, World
 from rlmono.weights.update import Receiver
@@ -20,11 +21,15 @@ def run(world: World, plan: RunPlan, link: HostLink) -> None:
     restore_random(world, plan, engine, trains=False)
     ready(link, plan, None)
 
+    phases = RankPhases(world)
     for rollout_id in range(plan.start, plan.num_rollout):
-        engine.serve()
-        engine.drain()
-        saver.save_if_due(rollout_id)   # its random state
-        update_s = weights.update(version=rollout_id + 1)
+        with phases.rollout(rollout_id, link):
+            with phases("generate"):
+                engine.serve()
+                engine.drain()
+            saver.save_if_due(rollout_id)   # its random state
+            with phases("update"):
+                update_s = weights.update(version=rollout_id + 1)
         link.report("updated", rollout_id, **{"perf/update_weights_time": update_s})
     engine.serve()                      # the last evaluation
     saver.wait()

@@ -1,94 +1,200 @@
 """The swap: one state machine owns what lies on the GPU.
 
-    start → rollout → train → sync → rollout → …
+    start → boot → sync → rollout → train → sync → rollout → …
 
-Every allocation that can leave the GPU has a tag. A tag is *dropped* (its pages are freed and come back empty: KV cache,
-engine weights, which the next update fills) or *kept* (copied to retained pinned host memory: the trainer). A transition
-moves only tags whose need changes. On CPU, and without --colocate, the same states are walked and nothing moves.
+A tag is memory with one purpose. SGLang's tags are *dropped* when no state needs them (torch-memory-saver frees their pages, and they
+come back empty: the KV cache; the engine's weights, which the next update fills). The trainer's are moved by ourselves: gradients are dropped,
+the others are *kept* in pinned host memory. Which of them leave, the plan says (plan.py); a transition moves only tags whose need changes.
+
+What is kept begins to leave in `sync`, beside the update of the weights; and it begins to come back in `train`, beside the first
+passes: the optimizer's state is waited for only before the optimizer runs (`wait`).
 """
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import time
 from dataclasses import dataclass
-from typing import Any, ContextManager, Optional, Protocol
+from typing import Any, Iterable, Mapping, Optional, Protocol
 
-STATES = ("rollout", "train", "sync")
+import torch
+
+from rlmono.memory.holding import Holding
+from rlmono.memory.host import HostMemory
+from rlmono.memory.plan import GIB, TRAINER_TAGS, SwapPlan
+
+log = logging.getLogger(__name__)
+
+STATES = ("boot", "sync", "rollout", "train")
 BUILT = "start"
-"""Where every role has just been built: all is present."""
+"""Where a role has just been built: all of it is present."""
 
 
 @dataclass(frozen=True)
 class Tag:
-    """`needed_in` lists the states in which the tag must be on the GPU; `kept` says if its content survives leaving;
-    `of_engine`, that SGLang allocates it."""
+    """`needed_in` lists the states in which the tag must be on the GPU. `kept` says if its content survives leaving; `constant`, that
+    it never changes; `together`, that it is many tensors of which there are no views."""
 
     name: str
     needed_in: tuple[str, ...]
-    kept: bool
-    of_engine: bool = True
+    kept: bool = False
+    constant: bool = False
+    together: bool = False
 
 
-# The first three are SGLang's own names for what it allocates.
-TAGS = (
-    Tag("kv_cache", ("rollout",), kept=False),
-    Tag("cuda_graph", ("rollout", "sync"), kept=False),
-    Tag("weights", ("rollout", "sync"), kept=False),
-    Tag("trainer", ("sync", "train"), kept=True, of_engine=False),
-)
+# SGLang's own names for what it allocates.
+ENGINE_TAGS = (Tag("kv_cache", ("rollout",)), Tag("cuda_graph", ("rollout", "sync")), Tag("weights", ("rollout", "sync")))
+TRAINER = (Tag("params", ("train", "sync"), kept=True), Tag("frozen", ("train",), kept=True, constant=True, together=True),
+           Tag("optimizer", ("train",), kept=True, together=True), Tag("gradients", ("train",)))
+assert {t.name for t in TRAINER} == set(TRAINER_TAGS)
 
 
 class Owner(Protocol):
-    """Who lets go of a tag's memory and takes it again: torch-memory-saver itself, or the engine, which has more to mind."""
+    """Who lets go of a tag's memory and takes it again: the engine, which has more to mind than pages."""
 
     def pause(self, tag: str) -> None: ...
     def resume(self, tag: str) -> None: ...
 
 
 class Memory:
-    """The state machine of one rank. `saver` is torch_memory_saver's object, or None where nothing is to move."""
+    """The state machine of one rank. `saver` is torch_memory_saver's object, or None where the engine's memory can't move (CPU)."""
 
-    def __init__(self, saver: Optional[Any]):
+    def __init__(self, saver: Optional[Any], plan: Optional[SwapPlan] = None, host: Optional[HostMemory] = None):
         self.state = BUILT
-        self.saver = saver
-        self.engine: Optional[Owner] = None         # set when it is built
-        self.seconds: dict[str, float] = {}
+        self.saver, self.plan, self.host = saver, plan or SwapPlan("none", (), "nothing to move"), host
+        self.engine: Optional[Owner] = None
+        self.holdings: dict[str, Holding] = {}
+        self.sizes: dict[str, int] = {}
+        self.metrics: dict[str, float] = {}
+        self._present: set[str] = set()
 
-    def region(self, name: str) -> ContextManager[Any]:
-        """Allocations inside belong to this tag."""
-        tag = next(t for t in TAGS if t.name == name)
-        if self.saver is None:
-            return contextlib.nullcontext()
-        return self.saver.region(tag=tag.name, enable_cpu_backup=tag.kept)
+    # ------------------------------------------------------------ who is here
+
+    def adopt(self, tensors: Mapping[str, Iterable[torch.Tensor]]) -> None:
+        """The trainer's tensors by tag, once it is built and loaded."""
+        for tag in TRAINER:
+            holding = Holding(tag.name, tensors.get(tag.name, ()), tag.kept, tag.constant, tag.together)
+            self.holdings[tag.name], self.sizes[tag.name] = holding, holding.nbytes
+        self._present |= set(self.holdings)
+        _empty_cache()
+
+    def add_engine(self, engine: Owner) -> None:
+        """The engine has just been built: all of it is present."""
+        self.engine = engine
+        if self.saver is not None:
+            self._present |= {t.name for t in ENGINE_TAGS}
+
+    def wait(self) -> None:
+        """What came back is there for whatever the device does from now on: before the optimizer runs, and before it is saved."""
+        for holding in self.holdings.values():
+            if holding.here:
+                holding.wait()
+
+    # ------------------------------------------------------------ transitions
 
     def to(self, state: str) -> float:
         """Go to a state; returns the seconds that it took."""
         if state not in STATES:
             raise ValueError(f"no such memory state: {state!r}")
         started = time.perf_counter()
-        if self.saver is not None:
-            self._move(state)
+        moved = self._move(state)
         took = time.perf_counter() - started
-        self.seconds[f"{self.state} → {state}"] = took
+        name = f"perf/memory/{self.state}_to_{state}"
+        self.metrics |= {f"{name}_s": took, f"{name}_gib": moved / GIB}
         self.state = state
         return took
 
-    def _move(self, state: str) -> None:
-        import torch
-        torch.cuda.synchronize()
-        present = {t for t in TAGS if self.state == BUILT or self.state in t.needed_in}
-        leaving = [t for t in TAGS if t in present and state not in t.needed_in]
-        coming = [t for t in TAGS if t not in present and state in t.needed_in]
-        if leaving:
-            torch.cuda.empty_cache()
-        for tag in leaving:             # first make room
-            self._owner(tag).pause(tag.name)
-        for tag in coming:
-            self._owner(tag).resume(tag.name)
-        torch.cuda.synchronize()
+    def _move(self, state: str) -> int:
+        """Bytes that began to travel between GPU and host."""
+        wanted = {t.name for t in (*ENGINE_TAGS, *TRAINER) if state in t.needed_in or (t in TRAINER and t.name not in self.plan.leaves)}
+        leaving, coming = self._present - wanted, wanted - self._present
+        if not leaving and not coming:
+            return 0
+        _synchronize()
+        _empty_cache()                  # what the last phase computed with
+        moved = self._leave(leaving, only_begin=state == "sync")
+        if state == "sync" and not self._room_for(coming):
+            moved += self._leave(leaving & self._present, only_begin=False)
+        for tag in ENGINE_TAGS:
+            if tag.name in coming and self.engine is not None and self.saver is not None:
+                self.engine.resume(tag.name)
+                self._present.add(tag.name)
+        for tag in TRAINER:
+            if tag.name in coming and tag.name in self.holdings:
+                moved += self.holdings[tag.name].come()
+                self._present.add(tag.name)
+        if "params" in coming:
+            self._holding_wait("params")
+        if "frozen" in coming:
+            self._holding_wait("frozen")
+        return moved
 
-    def _owner(self, tag: Tag) -> Owner:
-        owner = self.engine if tag.of_engine else self.saver
-        assert owner is not None, f"nobody owns {tag.name}"
-        return owner
+    def _leave(self, tags: set[str], only_begin: bool) -> int:
+        """`only_begin`: what is kept starts to travel and stays here for now; what is dropped goes."""
+        moved = 0
+        for tag in ENGINE_TAGS:
+            if tag.name in tags and self.engine is not None:
+                self._drop_of_engine(tag.name)
+        gone = False
+        for tag in TRAINER:
+            if tag.name not in tags:
+                continue
+            holding = self.holdings[tag.name]
+            if self.host is not None:
+                holding.reserve(self.host)
+            if only_begin and tag.kept:
+                moved += holding.start_out()
+                continue
+            moved += holding.leave()
+            self._present.discard(tag.name)
+            gone = True
+        if gone:
+            _empty_cache()
+        return moved
+
+    def _drop_of_engine(self, name: str) -> None:
+        assert self.engine is not None
+        _empty_cache()
+        before = _free()
+        self.engine.pause(name)
+        self.sizes[name] = max(self.sizes.get(name, 0), _free() - before)
+        self._present.discard(name)
+
+    def _holding_wait(self, name: str) -> None:
+        if name in self.holdings:
+            self.holdings[name].wait()
+
+    def _room_for(self, tags: set[str]) -> bool:
+        """Is there room for the engine's tags beside what has only begun to leave? Taking memory that is not there would end the process."""
+        return self.saver is None or sum(self.sizes.get(t.name, 0) for t in ENGINE_TAGS if t.name in tags) <= _free()
+
+    # ------------------------------------------------------------ what is where
+
+    def where(self) -> str:
+        """Bytes of each tag and where it is, in one line: what an out-of-memory error says."""
+        names = [t.name for t in (*TRAINER, *ENGINE_TAGS)]
+        parts = [f"{n} {self.sizes[n] / GIB:.1f} GiB {'here' if n in self._present else 'away'}" for n in names if self.sizes.get(n)]
+        return f"in state {self.state}: " + (", ".join(parts) or "nothing is tagged yet")
+
+    def report(self) -> dict[str, float]:
+        """Metrics: bytes of each tag, and what the last transitions took."""
+        waited = {"perf/memory/pin_wait_time": self.host.waited_s} if self.host is not None else {}
+        return {f"perf/memory/{name}_gib": n / GIB for name, n in self.sizes.items()} | self.metrics | waited
+
+
+def _cuda() -> bool:
+    return torch.cuda.is_available()
+
+
+def _free() -> int:
+    return torch.cuda.mem_get_info()[0] if _cuda() else 0
+
+
+def _empty_cache() -> None:
+    if _cuda():
+        torch.cuda.empty_cache()
+
+
+def _synchronize() -> None:
+    if _cuda():
+        torch.cuda.synchronize()

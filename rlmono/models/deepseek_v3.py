@@ -32,11 +32,13 @@ def tensors(shape: Shape) -> list[Tensor]:
 
 def _attention(shape: Shape, i: int) -> list[Tensor]:
     m, h = f"decoder.layers.{i}.self_attention.", f"model.layers.{i}.self_attn."
-    out: list[Tensor] = [*norms(i), Replicated(f"{m}linear_kv_down_proj.weight", f"{h}kv_a_proj_with_mqa.weight"),
-                         Replicated(f"{m}kv_layernorm.weight", f"{h}kv_a_layernorm.weight"),
+    low_rank = shape["q_lora_rank"] is not None         # then engines make one projection of the two down projections
+    down = [Replicated(f"{m}linear_kv_down_proj.weight", f"{h}kv_a_proj_with_mqa.weight", with_next=low_rank)]
+    if low_rank:
+        down.append(Replicated(f"{m}linear_q_down_proj.weight", f"{h}q_a_proj.weight"))
+    out: list[Tensor] = [*norms(i), *down, Replicated(f"{m}kv_layernorm.weight", f"{h}kv_a_layernorm.weight"),
                          Rows(f"{m}linear_kv_up_proj.weight", f"{h}kv_b_proj.weight"), Columns(f"{m}linear_proj.weight", f"{h}o_proj.weight")]
-    if shape["q_lora_rank"] is None:
+    if not low_rank:
         return [*out, Rows(f"{m}linear_q_proj.weight", f"{h}q_proj.weight")]
-    return [*out, Replicated(f"{m}linear_q_down_proj.weight", f"{h}q_a_proj.weight"),
-            Replicated(f"{m}q_layernorm.weight", f"{h}q_a_layernorm.weight"),
+    return [*out, Replicated(f"{m}q_layernorm.weight", f"{h}q_a_layernorm.weight"),
             Rows(f"{m}linear_q_up_proj.weight", f"{h}q_b_proj.weight")]

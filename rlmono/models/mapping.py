@@ -17,14 +17,14 @@ import torch
 class Tensor:
     """One Megatron parameter (`name`, with layers and experts numbered over the whole model) and the HF tensors (`hf_names`)
     that hold the same numbers. `expert` says that its ranks are the experts' tensor-parallel ones, and that it is one of many
-    dealt over expert-parallel ranks; `vocabulary`, that Megatron may pad its rows."""
+    dealt over expert-parallel ranks; `vocabulary`, that Megatron may pad its rows; `with_next`, that engines want the next one at the same time."""
 
     replicated = False
     expert = False
     cut_dimension = 0
 
-    def __init__(self, name: str, *hf_names: str, vocabulary: bool = False):
-        self.name, self.hf_names, self.vocabulary = name, hf_names, vocabulary
+    def __init__(self, name: str, *hf_names: str, vocabulary: bool = False, with_next: bool = False):
+        self.name, self.hf_names, self.vocabulary, self.with_next = name, hf_names, vocabulary, with_next
 
     def to_megatron(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
         """HF tensors, in the order of `hf_names` -> the Megatron tensor; full ones -> the full one, a rank's parts -> its shard."""

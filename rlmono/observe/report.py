@@ -15,8 +15,10 @@ from typing import Any
 from rlmono.config.schema import Config
 from rlmono.observe.metrics import read_metrics
 from rlmono.observe.page import Card, render
+from rlmono.observe.phases import read_timeline
 from rlmono.observe.plots import draw_all, eval_names, series
 from rlmono.observe.progress import duration, number
+from rlmono.observe.timeline import draw_timeline
 
 _ROWS_SHOWN = 3
 
@@ -38,6 +40,8 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
         raise ReportError(f"{run_dir}/metrics.jsonl is empty: the run stopped before its first rollout was over; see {run_dir}/logs")
     config = _config(run_dir / "config.json")
     pictures, missing = draw_all(rows)
+    if timeline := read_timeline(run_dir):
+        pictures.append(draw_timeline(timeline))
     page = render(
         title=run_dir.resolve().name, subtitle=_subtitle(rows, config), cards=cards(rows, config), pictures=pictures, missing=missing,
         samples=_samples(run_dir / "samples"), options=changed_options(config),

@@ -125,6 +125,10 @@ class Cluster:
             await while_healthy(self._news.wait(), self._background, left, what)
         return self._reports.pop(key)
 
+    def arrived(self, kind: str) -> dict[int, dict[int, dict[str, Any]]]:
+        """rollout -> rank -> reports of that kind that have come and were not asked for before; waits for nobody."""
+        return {key[1]: self._reports.pop(key) for key in [k for k in self._reports if k[0] == kind]}
+
     async def gather(self, groups: Iterable[Any], timeout_s: float, what: str) -> list[Any]:
         """All results, in order; a failure of any, or of the world, ends the wait."""
         tasks = [asyncio.ensure_future(g) for g in groups]

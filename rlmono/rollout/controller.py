@@ -18,6 +18,7 @@ from rlmono.checkpoint.store import CheckpointStore
 from rlmono.config.schema import Config
 from rlmono.data.sample import Group
 from rlmono.observe.metrics import MetricsLog
+from rlmono.observe.phases import write_timeline
 from rlmono.observe.progress import Progress
 from rlmono.observe.samples import write_samples
 from rlmono.rollout.batch import rollout_statistics, train_batches
@@ -63,6 +64,7 @@ class Controller:
         await self._published()
         self._log_behind()
         self.cluster.end_phase()
+        self._write_timeline()
 
     async def _ready(self) -> None:
         c, grid = self.config, self.cluster.grid
@@ -181,6 +183,12 @@ class Controller:
         self.metrics.log(rollout_id, values)
         self._log_behind()
         self.progress.show(rollout_id, values)
+        self._write_timeline()
+
+    def _write_timeline(self) -> None:
+        """What ranks have said that they did when."""
+        for rollout_id, by_rank in sorted(self.cluster.arrived("phases").items()):
+            write_timeline(self.run_dir, rollout_id, {rank: data["events"] for rank, data in by_rank.items()})
 
     def _write_hashes(self, rollout_id: int, groups: list[Group]) -> None:
         """What a resumed run is compared by: every sampled token of the rollout, in order."""

@@ -30,6 +30,7 @@ def prepare() -> None:
     if not torch.cuda.is_available():
         _before_import_on_cpu()
     _without_transformer_engine()
+    _without_waiting()
     if not torch.cuda.is_available():
         _after_import_on_cpu()
     _done = True
@@ -56,6 +57,14 @@ def _without_transformer_engine() -> None:
         mla.HAVE_TE = False                         # isinstance(x, MagicMock) raises
     if utils.get_te_version() is None:
         utils._te_version = Version("0.0.0")        # None >= Version raises
+
+
+def _without_waiting() -> None:
+    """Packs know the positions of their tokens: RoPE need not ask the GPU for lengths."""
+    import megatron.core.transformer.attention as attention
+
+    from rlmono.trainer.rope import by_positions
+    attention.apply_rotary_pos_emb = by_positions(attention.apply_rotary_pos_emb)
 
 
 # ---------------------------------------------------------------- CPU and gloo

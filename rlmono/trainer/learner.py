@@ -35,11 +35,22 @@ class Learner:
         self.schedule = optimizer.build_schedule(config, self.optimizer, total_steps)
         self.norms = optimizer.Norms(self.optimizer, self.ddp)
         self.skipped_steps = 0
+        self.optimizer_is_needed: Callable[[], None] = lambda: None
 
     @property
     def optimizers(self) -> list[Any]:
         """The distributed optimizers: one, or a second for experts under expert parallelism."""
         return optimizer.singles(self.optimizer)
+
+    def buffers(self) -> dict[str, list[torch.Tensor]]:
+        """Its memory by purpose: params and gradients (Megatron's flat buffers), and the optimizer's state, where it is not a view of params."""
+        flat = [b for chunk in self.ddp for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+        params = [b.param_data for b in flat if b.param_data is not None] or [p for c in self.chunks for p in c.parameters()]
+        others = {t.untyped_storage().data_ptr() for t in params}
+        state = [t for single in self.optimizers for group in single.optimizer.param_groups for p in group["params"]
+                 for t in (p, *single.optimizer.state.get(p, {}).values()) if isinstance(t, torch.Tensor) and t.device.type == self.device.type]
+        state = [t for t in state if t.untyped_storage().data_ptr() not in others and t.dim() > 0]
+        return {"params": params, "gradients": [b.grad_data for b in flat], "optimizer": state}
 
     def weights_changed(self) -> None:
         """After weights were written into the module: the optimizer's fp32 copies follow."""
@@ -61,6 +72,7 @@ class Learner:
 
     def _update(self) -> dict[str, float]:
         """Clip and step; a step whose gradient is not finite is skipped and counted, never taken."""
+        self.optimizer_is_needed()
         found_inf = self.optimizer.prepare_grads()
         norms = self.norms.measure()
         norm = norms["grad_norm"]

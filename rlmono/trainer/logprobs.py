@@ -11,6 +11,8 @@ from typing import Any, Iterator
 import torch
 import torch.distributed as dist
 
+from rlmono.trainer.fused import fused
+
 CHUNK = 1024
 
 
@@ -38,13 +40,8 @@ class _LogProb(torch.autograd.Function):
         ctx.local = local.clamp(0, max(0, ctx.columns - 1))
         top, total, weighted, at_target = (logits.new_zeros(len(targets), dtype=torch.float32) for _ in range(4))
         # Everything counts from the largest logit: a log-partition far from 0 would round small differences away.
-        for rows, x in _chunks(ctx, logits):
-            top[rows] = x.amax(1)
-            x -= top[rows, None]
-            e = x.exp()
-            total[rows] = e.sum(1)
-            weighted[rows] = (e * x).sum(1)
-            at_target[rows] = x.gather(1, ctx.local[rows, None])[:, 0]
+        for rows in _chunks(logits):
+            top[rows], total[rows], weighted[rows], at_target[rows] = _statistics(logits[rows, :ctx.columns], ctx.local[rows], temperature)
         at_target = torch.where(ctx.mine, at_target, 0.0)
         if dist.get_world_size(group) > 1:
             overall = top.clone()
@@ -64,20 +61,43 @@ class _LogProb(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         logits, top, log_total, entropy = ctx.saved_tensors
         grad_logp, grad_entropy = grads
-        for rows, x in _chunks(ctx, logits):
-            log_p = x.sub_(top[rows, None]).sub_(log_total[rows, None])
-            g = log_p.exp() * -grad_logp[rows, None]
-            if ctx.with_entropy_grad:
-                g -= log_p.exp() * (log_p + entropy[rows, None]) * grad_entropy[rows, None]
-            hit = ctx.mine[rows].nonzero()[:, 0]
-            g[hit, ctx.local[rows][hit]] += grad_logp[rows][hit]
-            logits[rows, :ctx.columns] = (g / ctx.temperature).to(logits.dtype)
+        grad_target = torch.where(ctx.mine, grad_logp, 0.0)
+        for rows in _chunks(logits):
+            here = logits[rows, :ctx.columns]
+            about = (top[rows], log_total[rows], ctx.local[rows], ctx.temperature, grad_logp[rows], grad_target[rows])
+            here.copy_(_gradient_with_entropy(here, *about, entropy[rows], grad_entropy[rows]) if ctx.with_entropy_grad else _gradient(here, *about))
             logits[rows, ctx.columns:] = 0
         return logits, None, None, None, None, None
 
 
-def _chunks(ctx: Any, logits: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-    """(rows, a copy of these rows' logits over the real vocabulary, in fp32 and divided by the temperature)."""
-    for a in range(0, logits.shape[0], CHUNK):
-        rows = slice(a, a + CHUNK)
-        yield rows, logits[rows, :ctx.columns].to(torch.float32, copy=True).div_(ctx.temperature)
+def _chunks(logits: torch.Tensor) -> Iterator[slice]:
+    return (slice(a, a + CHUNK) for a in range(0, logits.shape[0], CHUNK))
+
+
+@fused
+def _statistics(logits: torch.Tensor, local: torch.Tensor, temperature: float) -> tuple[torch.Tensor, ...]:
+    """Of x = logits / temperature, [t, columns]: its largest value m a row, Σ exp(x - m), Σ exp(x - m)·(x - m), and x - m at column `local`."""
+    x = logits.float() / temperature
+    top = x.amax(1)
+    x = x - top[:, None]
+    e = x.exp()
+    return top, e.sum(1), (e * x).sum(1), x.gather(1, local[:, None])[:, 0]
+
+
+@fused
+def _gradient(logits: torch.Tensor, top: torch.Tensor, log_total: torch.Tensor, local: torch.Tensor, temperature: float, grad: torch.Tensor,
+              grad_target: torch.Tensor) -> torch.Tensor:
+    """d/d logits of Σ grad · log p(target): grad_target where the target is, less grad · p everywhere."""
+    log_p = logits.float() / temperature - top[:, None] - log_total[:, None]
+    hit = torch.arange(logits.shape[1], device=logits.device) == local[:, None]
+    return ((torch.where(hit, grad_target[:, None], 0.0) - log_p.exp() * grad[:, None]) / temperature).to(logits.dtype)
+
+
+@fused
+def _gradient_with_entropy(logits: torch.Tensor, top: torch.Tensor, log_total: torch.Tensor, local: torch.Tensor, temperature: float,
+                           grad: torch.Tensor, grad_target: torch.Tensor, entropy: torch.Tensor, grad_entropy: torch.Tensor) -> torch.Tensor:
+    """As `_gradient`, and Σ grad_entropy · entropy, whose gradient is -p · (log p + entropy)."""
+    log_p = logits.float() / temperature - top[:, None] - log_total[:, None]
+    hit = torch.arange(logits.shape[1], device=logits.device) == local[:, None]
+    g = torch.where(hit, grad_target[:, None], 0.0) - log_p.exp() * (grad[:, None] + (log_p + entropy[:, None]) * grad_entropy[:, None])
+    return (g / temperature).to(logits.dtype)

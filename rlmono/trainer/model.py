@@ -48,7 +48,9 @@ def transformer_config(config: Config, dtype: torch.dtype) -> TransformerConfig:
         # We weigh tokens ourselves (see losses.py): neither DDP nor the schedule may divide.
         calculate_per_token_loss=True,
         overlap_p2p_comm=vpp is not None, batch_p2p_comm=vpp is None, deallocate_pipeline_outputs=True, persist_layer_norm=False,
-        bias_activation_fusion=False, bias_dropout_fusion=False, apply_rope_fusion=False, masked_softmax_fusion=False,
+        # SwiGLU in one kernel, of which the backward pass keeps the input alone; experts are left as they are.
+        bias_activation_fusion=torch.cuda.is_available() and not s.get("num_moe_experts"),
+        bias_dropout_fusion=False, apply_rope_fusion=False, masked_softmax_fusion=False,
         gradient_accumulation_fusion=False)
     values.update(_layout(config))
     if s.get("num_moe_experts"):
@@ -66,7 +68,10 @@ def _layout(config: Config) -> dict[str, Any]:
             "expert_model_parallel_size", "expert_tensor_parallel_size", "sequence_parallel", "recompute_granularity", "recompute_method",
             "recompute_num_layers")
     stages = {f"num_layers_in_{end}_pipeline_stage": getattr(config, f"decoder_{end}_pipeline_num_layers") for end in ("first", "last")}
-    return {name: getattr(config, name) for name in same} | stages
+    values = {name: getattr(config, name) for name in same} | stages
+    if config.recompute_granularity == "auto":
+        values["recompute_granularity"] = None          # until recompute.settle knows what is free
+    return values
 
 
 def _experts(s: Any) -> dict[str, Any]:

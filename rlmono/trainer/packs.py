@@ -14,6 +14,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from rlmono.trainer.context import held_by
+from rlmono.trainer.rope import POSITIONS
 from rlmono.world.messages import TrainSample
 
 
@@ -72,7 +73,8 @@ def make_pack(samples: Sequence[TrainSample], device: torch.device, multiple: in
     mine = held_by(bounds, cp_size, cp_rank).numpy() if cp_size > 1 else slice(None)
     on = lambda x: torch.from_numpy(x).to(device)  # noqa: E731 - shorter than its uses
     cu_seqlens = on(np.array(bounds, np.int32))
-    return Pack(list(samples), on(tokens[mine]), on(positions[mine]), on(targets[mine]),
+    setattr(cu_seqlens, POSITIONS, on(positions[mine]))
+    return Pack(list(samples), on(tokens[mine]), getattr(cu_seqlens, POSITIONS), on(targets[mine]),
                 PackedSeqParams(qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens,
                                 max_seqlen_q=max(lengths), max_seqlen_kv=max(lengths)),
                 bounds, on(read_at), [torch.from_numpy(np.frombuffer(s.loss_mask, np.uint8).astype(np.float32)) for s in samples], on(sample_of),

@@ -15,7 +15,7 @@ from megatron.core import parallel_state
 
 from rlmono.config.schema import Config
 from rlmono.models.registry import family
-from rlmono.trainer import credit, model
+from rlmono.trainer import credit, model, recompute
 from rlmono.trainer.context import gather_tokens
 from rlmono.trainer.critic import Critic
 from rlmono.trainer.layout import Layout, held_tensors
@@ -24,7 +24,7 @@ from rlmono.trainer.logprobs import logprobs_and_entropy
 from rlmono.trainer.losses import token_weights
 from rlmono.trainer.objective import Parts, policy_objective
 from rlmono.trainer.packs import Pack, make_pack
-from rlmono.weights.export import Named, export
+from rlmono.weights.export import About, Named, describe, export
 from rlmono.weights.hf import load_hf
 from rlmono.world.messages import TrainBatch
 
@@ -43,6 +43,8 @@ class Trainer(Learner):
         self.teacher: Optional[list[Any]] = None
         self.critic = Critic(config, dtype, total_steps) if self.needs_critic() else None
         self._layout: Optional[Layout] = None
+        self._recompute_settled = False
+        self._about: Optional[dict[str, About]] = None
         self._tensors = family(config.model["architecture"]).tensors(config.model)
         self._temperature = 1.0 if config.loss_type == "sft" else config.rollout_temperature
 
@@ -98,12 +100,33 @@ class Trainer(Learner):
     def export(self) -> Iterator[Named]:
         """The actor's weights as buckets of (HF name, full tensor), on every rank; collective over tensor, expert and pipeline parallel ranks."""
         self._layout = self._layout or Layout.current()
-        return export(held_tensors(self.chunks), self._tensors, self._layout, self.config.model["vocab_size"])
+        held = held_tensors(self.chunks)
+        self._about = self._about or describe(held, self._tensors, self._layout)
+        return export(held, self._tensors, self._layout, self.config.model["vocab_size"], about=self._about)
+
+    # ------------------------------------------------------------ memory
+
+    def tagged(self) -> dict[str, list[torch.Tensor]]:
+        """What lies on the device by what it is for: params, gradients, optimizer, and the weights of frozen models."""
+        out: dict[str, list[torch.Tensor]] = {}
+        for learner in (self, self.critic):
+            for tag, tensors in learner.buffers().items() if learner is not None else ():
+                out.setdefault(tag, []).extend(tensors)
+        out["frozen"] = [p for chunks in (self.reference, self.teacher) for c in chunks or () for p in c.parameters()]
+        return out
+
+    def before_update(self, hook: Callable[[], None]) -> None:
+        """Call `hook` before the optimizer (and the critic's) uses its state."""
+        for learner in (self, self.critic):
+            if learner is not None:
+                learner.optimizer_is_needed = hook
 
     # ------------------------------------------------------------ one rollout
 
     def train(self, batch: TrainBatch) -> dict[str, float]:
         """Train on a rollout; returns its metrics (means over its steps), equal on every rank that `reports`."""
+        if self.config.recompute_granularity == "auto" and not self._recompute_settled:
+            self._settle_recompute()
         steps = self._packs(batch)
         metrics: dict[str, float] = {}
         if self.config.loss_type == "policy_loss":
@@ -115,6 +138,11 @@ class Trainer(Learner):
             metrics |= {f"train/ppo_kl_step{i + 1}": s["train/ppo_kl"] for i, s in enumerate(per_step) if "train/ppo_kl" in s}
         skipped = self.skipped_steps + (self.critic.skipped_steps if self.critic else 0)
         return metrics | {"perf/train_time": time.perf_counter() - trained, "train/skipped_steps": float(skipped)}
+
+    def _settle_recompute(self) -> None:
+        self._recompute_settled = True
+        layers = max(len(c.decoder.layers) for c in self.chunks)
+        recompute.settle(self.config, [self.tf_config, *([self.critic.tf_config] if self.critic else [])], layers, self.dtype.itemsize)
 
     def _packs(self, batch: TrainBatch) -> list[list[Pack]]:
         """The packs of each step, with the weights of their tokens."""

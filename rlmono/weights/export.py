@@ -32,25 +32,26 @@ class Groups(Protocol):
 
 
 def export(held: Mapping[str, torch.Tensor], tensors: Sequence[Tensor], groups: Groups, vocab_size: int,
-           bucket_bytes: int = BUCKET_BYTES) -> Iterator[Named]:
+           bucket_bytes: int = BUCKET_BYTES, about: Optional[Mapping[str, About]] = None) -> Iterator[Named]:
     """Buckets of (HF name, full tensor), in the order of `tensors`; the same on all ranks of the model-parallel world.
 
-    `held` is what this rank has, by Megatron's names in the whole model. Collective. A bucket is valid until the next one is asked for.
+    `held` is what this rank has, by Megatron's names in the whole model; `about` is `describe`'s answer, from an earlier export of the same.
+    Collective. A bucket is valid until the next one is asked for.
     """
-    about = _describe(held, tensors, groups)
+    about = describe(held, tensors, groups) if about is None else about
     bucket: list[Tensor] = []
     size = 0
     for tensor in tensors:
         bucket.append(tensor)
         size += about[tensor.name].full_bytes
-        if size >= bucket_bytes:
+        if size >= bucket_bytes and not tensor.with_next:
             yield _gather(bucket, held, about, groups, vocab_size)
             bucket, size = [], 0
     if bucket:
         yield _gather(bucket, held, about, groups, vocab_size)
 
 
-class _About:
+class About:
     """Where a tensor is, as every rank of the model-parallel world knows it."""
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, stage: int, ep_rank: int, ranks: int):
@@ -58,8 +59,8 @@ class _About:
         self.full_bytes = ranks * dtype.itemsize * int(torch.Size(shape).numel())
 
 
-def _describe(held: Mapping[str, torch.Tensor], tensors: Sequence[Tensor], groups: Groups) -> dict[str, _About]:
-    """Ask the pipeline stages and expert ranks what they hold; without them this rank knows it all."""
+def describe(held: Mapping[str, torch.Tensor], tensors: Sequence[Tensor], groups: Groups) -> dict[str, About]:
+    """Collective. Ask the pipeline stages and expert ranks what they hold; without them this rank knows it all."""
     mine = {t.name: (tuple(held[t.name].shape), held[t.name].dtype, dist.get_rank(groups.pp), dist.get_rank(groups.ep))
             for t in tensors if t.name in held}
     for group in (groups.ep, groups.pp):
@@ -70,7 +71,7 @@ def _describe(held: Mapping[str, torch.Tensor], tensors: Sequence[Tensor], group
     missing = [t.name for t in tensors if t.name not in mine]
     if missing:
         raise RuntimeError(f"no rank holds {', '.join(missing[:4])}")
-    return {t.name: _About(*mine[t.name], 1 if t.replicated else _tensor_group(t, groups).size()) for t in tensors}
+    return {t.name: About(*mine[t.name], 1 if t.replicated else _tensor_group(t, groups).size()) for t in tensors}
 
 
 def _tensor_group(t: Tensor, groups: Groups) -> dist.ProcessGroup:
@@ -78,7 +79,7 @@ def _tensor_group(t: Tensor, groups: Groups) -> dist.ProcessGroup:
 
 
 @torch.no_grad()
-def _gather(bucket: Sequence[Tensor], held: Mapping[str, torch.Tensor], about: Mapping[str, _About], groups: Groups, vocab_size: int) -> Named:
+def _gather(bucket: Sequence[Tensor], held: Mapping[str, torch.Tensor], about: Mapping[str, About], groups: Groups, vocab_size: int) -> Named:
     full: dict[str, torch.Tensor] = {}
     for expert in (False, True):
         kind = [t for t in bucket if t.expert == expert and t.name in held]
@@ -111,7 +112,7 @@ def _join_shards(tensors: Sequence[Tensor], held: Mapping[str, torch.Tensor], gr
     return {t.name: t.join(shards[t.name]) for t in tensors}
 
 
-def _share(tensors: Sequence[Tensor], full: dict[str, torch.Tensor], about: Mapping[str, _About], groups: Groups, group: dist.ProcessGroup,
+def _share(tensors: Sequence[Tensor], full: dict[str, torch.Tensor], about: Mapping[str, About], groups: Groups, group: dist.ProcessGroup,
            owner_of: Any) -> None:
     """Every rank of the group gets what one of them has: a broadcast for each owner, dtype by dtype."""
     for owner in range(group.size()):
@@ -130,7 +131,7 @@ def _share(tensors: Sequence[Tensor], full: dict[str, torch.Tensor], about: Mapp
                 full[t.name] = part.view(shape)
 
 
-def _full_shape(t: Tensor, about: _About, groups: Groups) -> tuple[int, ...]:
+def _full_shape(t: Tensor, about: About, groups: Groups) -> tuple[int, ...]:
     ranks = 1 if t.replicated else _tensor_group(t, groups).size()
     dim = t.cut_dimension
     return tuple(n * ranks if i == dim else n for i, n in enumerate(about.shape))

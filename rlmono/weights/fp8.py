@@ -12,10 +12,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional, Sequence
+import functools
+import logging
+from typing import Any, Callable, Iterable, Optional, Sequence
 
 import torch
 import torch.nn.functional as F
+
+log = logging.getLogger(__name__)
 
 FP8, LARGEST, SMALLEST_ABSMAX = torch.float8_e4m3fn, 448.0, 1e-10
 BLOCK = (128, 128)
@@ -47,9 +51,43 @@ def quantise(weight: torch.Tensor, strategy: str, block: Sequence[int] = BLOCK) 
 
 def quantise_block(weight: torch.Tensor, block: Sequence[int] = BLOCK) -> Quantised:
     """[rows, columns] -> (e4m3 of that shape, fp32 [⌈rows / b0⌉, ⌈columns / b1⌉]); blocks at the edges may be smaller."""
+    if weight.is_cuda and tuple(block) == BLOCK and (kernel := _kernel()) is not None:
+        return kernel(weight)       # type: ignore[no-any-return]
+    return quantise_block_plainly(weight, block)
+
+
+def quantise_block_plainly(weight: torch.Tensor, block: Sequence[int] = BLOCK) -> Quantised:
+    """As `quantise_block`, step by step: what the fused kernel is held against."""
     blocks = _blocks(weight.float(), block)
     scale = _scale(blocks.abs().amax((1, 3)))
     return _joined(_divided(blocks, scale[:, None, :, None]), weight.shape), scale
+
+
+@functools.cache
+def _kernel() -> Optional[Callable[[torch.Tensor], Quantised]]:
+    """The fused kernel, if there is triton and it gives the same bits here."""
+    try:
+        from rlmono.weights.fp8_kernel import quantise
+        x = torch.randn(200, 300, device="cuda", generator=torch.Generator("cuda").manual_seed(0)).to(torch.bfloat16)
+        same = all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(quantise(x), quantise_block_plainly(x), strict=True))
+    except Exception as e:
+        log.warning("fp8 weights are quantised without the fused kernel: %s: %s", type(e).__name__, e)
+        return None
+    if not same:
+        log.warning("fp8 weights are quantised without the fused kernel: it differs from torch here")
+    return quantise if same else None
+
+
+def exported(named: Iterable[tuple[str, torch.Tensor]], left_out: Sequence[str], block: Sequence[int]) -> list[tuple[str, torch.Tensor]]:
+    """HF tensors as a block-quantised folder has them: the projections in e4m3, each with its scales."""
+    out: list[tuple[str, torch.Tensor]] = []
+    for name, tensor in named:
+        if not is_quantised(name, left_out):
+            out.append((name, tensor))
+            continue
+        q, scale = quantise_block(tensor, block)
+        out += [(name, q), (name + SCALE_SUFFIXES[0], scale)]
+    return out
 
 
 def quantise_channel(weight: torch.Tensor) -> Quantised:

@@ -148,8 +148,8 @@ def load_hf(folder: Path, held: Mapping[str, torch.Tensor], tensors: Sequence[Te
             done: Callable[[int], None] = lambda nbytes: None) -> None:
     """Fill `held` (what this rank has, by Megatron's names in the whole model) from an HF folder, one tensor at a time, reading this rank's part.
 
-    `done` is told the bytes of every tensor that is filled. Raises WeightsError for a tensor that is missing, of the wrong shape, not finite,
-    of no use or in fp8, and for a parameter that nothing fills.
+    `done` is told the bytes of every tensor that is filled. fp8 tensors are multiplied by their scales. Raises WeightsError for a tensor that
+    is missing, of the wrong shape, not finite, of no use or in fp8 without scales, and for a parameter that nothing fills.
     """
     index, left = index_of(folder), dict(held)
     known = {name for t in tensors for name in t.hf_names}
@@ -175,9 +175,17 @@ def _read_shard(tensor: Tensor, index: Index, folder: Path, parameter: torch.Ten
     for name, shape in zip(tensor.hf_names, _hf_shapes(tensor, parameter, group.size(), vocab_size), strict=True):
         parts.append(read(index, folder, name, shape, tensor.part(shape, dist.get_rank(group), group.size())))
         if parts[-1].dtype == fp8.FP8:
-            raise WeightsError(f"{index[name]}: tensor {name!r} is fp8; make a bf16 folder first: "
-                               f"python -m rlmono convert fp8-to-bf16 --input {folder} --output …")
+            parts[-1] = _dequantised_part(index, folder, name, tensor.part(shape, dist.get_rank(group), group.size()))
     return tensor.to_megatron(parts)
+
+
+def _dequantised_part(index: Index, folder: Path, name: str, part: tuple[slice, ...]) -> torch.Tensor:
+    """What an fp8 tensor and its scales stand for, of which this rank takes a part; blocks may lie across parts."""
+    if not any(name + s in index for s in fp8.SCALE_SUFFIXES):
+        raise WeightsError(f"{index[name]}: tensor {name!r} is fp8, without scales; make a bf16 folder first: "
+                           f"python -m rlmono convert fp8-to-bf16 --input {folder} --output …")
+    block = fp8.block_of(json.loads((folder / "config.json").read_text()).get("quantization_config"))
+    return read_dequantised(index, folder, name, block)[part]
 
 
 def _refuse_extra(index: Index, folder: Path, known: set[str]) -> None:
@@ -186,7 +194,8 @@ def _refuse_extra(index: Index, folder: Path, known: set[str]) -> None:
     skipped = set(prediction_tensors(index)) - known
     if skipped:
         log.info("%s: %d tensors of layers for next-token prediction are skipped (%s, …)", folder, len(skipped), min(skipped))
-    extra = sorted(name for name in index.keys() - known - skipped if not name.endswith(".inv_freq"))
+    scales = {name + suffix for name in known for suffix in fp8.SCALE_SUFFIXES}
+    extra = sorted(name for name in index.keys() - known - skipped - scales if not name.endswith(".inv_freq"))
     if extra == [TIED[2]] and (embedding := next((n for n in known if n.endswith("embed_tokens.weight")), None)) in index:
         if torch.equal(read(index, folder, TIED[2]), read(index, folder, str(embedding))):
             return

@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import math
 import time
-from typing import Any, Iterator, Optional, Protocol, Sequence
+from typing import Any, Iterator, Mapping, Optional, Protocol, Sequence
 
 import torch
 import torch.distributed as dist
 
+from rlmono.weights import fp8
 from rlmono.weights.export import Named
 from rlmono.world.groups import broadcast, cross_pool_group
 from rlmono.world.store import store_get
@@ -24,6 +25,26 @@ class Exporter(Protocol):
     """What an update asks of the trainer."""
 
     def export(self) -> Iterator[Named]: ...
+
+
+class Quantised:
+    """A trainer whose export is in fp8, quantised on the way, as engines with block-quantised weights take it. `quantization_config` is of
+    the engines' config.json."""
+
+    def __init__(self, trainer: Exporter, quantization_config: Mapping[str, Any]):
+        self._trainer, self._block = trainer, fp8.block_of(dict(quantization_config))
+        self._left_out = quantization_config.get("modules_to_not_convert") or ()
+
+    def export(self) -> Iterator[Named]:
+        """Buckets as of the trainer; each projection with its scales."""
+        for bucket in self._trainer.export():
+            yield fp8.exported(bucket, self._left_out, self._block)
+
+
+def as_engines_take_it(trainer: Exporter, shape: Mapping[str, Any]) -> Exporter:
+    """The trainer, or what quantises its export where the engines' folder says so."""
+    config = shape.get("quantization_config")
+    return Quantised(trainer, config) if config else trainer
 
 
 class Loader(Protocol):
@@ -46,6 +67,8 @@ class Colocated:
         for bucket in self.trainer.export():
             self.engine.load_weights(bucket)
         self.engine.finish_update(version)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()    # else the copies would be somebody else's time
         took = time.perf_counter() - started
         if self.check:
             _refuse(self.engine.compare_weights(self.trainer.export()), version)

@@ -21,7 +21,8 @@ from rlmono.config.option import ConfigError
 from rlmono.convert import fp8 as tools
 from rlmono.convert.main import main
 from rlmono.weights import fp8
-from rlmono.weights.hf import WeightsError
+from rlmono.weights.hf import WeightsError, _dequantised_part, index_of
+from rlmono.weights.update import as_engines_take_it
 from rlmono.world.locks import hold
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -185,6 +186,39 @@ def test_there_and_back(models: Path, tmp_path: Path, family: str, strategy: str
     for name in chosen:
         q, scale = fp8.quantise(before[name], strategy, (16, 32))
         assert tensors[name].dtype == torch.bfloat16 and torch.equal(tensors[name], fp8.dequantise(q, scale, (16, 32)))
+
+
+class Trainer:
+    """Exports what a folder holds, in buckets."""
+
+    def __init__(self, tensors: Tensors):
+        self.tensors = list(tensors.items())
+
+    def export(self) -> Any:
+        yield self.tensors[:5]
+        yield self.tensors[5:]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_export_on_its_way_to_fp8_engines_is_what_the_tool_writes(models: Path, tmp_path: Path, family: str) -> None:
+    source, there = models / family, tmp_path / "fp8"
+    assert main(["bf16-to-fp8", "--model-dir", str(source), "--save-dir", str(there), "--strategy", "block"]) == 0
+    shape = {"quantization_config": json.loads((there / "config.json").read_text())["quantization_config"]}
+    trainer = Trainer(read_folder(source))
+    sent = {name: t for bucket in as_engines_take_it(trainer, shape).export() for name, t in bucket}
+    written = read_folder(there)
+    assert sent.keys() == written.keys()
+    assert all(torch.equal(t.contiguous().view(torch.uint8), written[name].view(torch.uint8)) for name, t in sent.items() if t.dim())
+    assert as_engines_take_it(trainer, {}) is trainer
+
+
+def test_a_trainer_reads_fp8_weights_by_their_scales(models: Path, tmp_path: Path) -> None:
+    """A rank's part is a part of what the tool makes of the whole."""
+    there, back = tmp_path / "fp8", tmp_path / "bf16"
+    assert main(["bf16-to-fp8", "--model-dir", str(models / "qwen3"), "--save-dir", str(there), "--strategy", "block"]) == 0
+    assert main(["fp8-to-bf16", "--input", str(there), "--output", str(back)]) == 0
+    name, part = "model.layers.1.mlp.down_proj.weight", (slice(None), slice(3, 9))
+    assert torch.equal(_dequantised_part(index_of(there), there, name, part), read_folder(back)[name][part])
 
 
 def read_folder_file(file: Path) -> set[str]:

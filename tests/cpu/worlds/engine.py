@@ -61,6 +61,28 @@ def case_built_and_updated() -> None:
     HERE["weights"].update(version=3)
 
 
+def case_the_second_update_is_plain_copies() -> None:
+    """SGLang's loader ran at the first; from then on its copies are replayed, and every bit is where the loader would put it."""
+    engine, trainer = HERE["engine"], HERE["trainer"]
+    model = engine.scheduler.tp_worker.model_runner.model
+    loader = model.load_weights
+    with torch.no_grad():
+        for p in trainer.chunks[0].parameters():
+            p.data.mul_(1.5)
+    try:
+        model.load_weights = None       # whoever calls it fails
+        HERE["weights"].check = False
+        HERE["weights"].update(version=3)
+    finally:
+        model.load_weights, HERE["weights"].check = loader, True
+    assert engine._plan.why_not == ""
+    assert engine.compare_weights(trainer.export()) == []
+    with torch.no_grad():
+        for p in trainer.chunks[0].parameters():
+            p.data.div_(1.5)
+    HERE["weights"].update(version=3)
+
+
 def case_a_flipped_bit_is_found() -> None:
     engine, trainer = HERE["engine"], HERE["trainer"]
     parameters = dict(engine.scheduler.tp_worker.model_runner.model.named_parameters())

@@ -52,7 +52,7 @@ def load_transformers(folder: Path) -> Any:
     return Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def build_trainer(folder: Path, total_steps: int = 10, **options: Any) -> Any:
+def build_trainer(folder: Path, total_steps: int = 10, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     """A Trainer on the model in `folder`, in place of the one before. Its steps change nothing unless `lr` is given."""
     from megatron.core import parallel_state
 
@@ -60,7 +60,7 @@ def build_trainer(folder: Path, total_steps: int = 10, **options: Any) -> Any:
     gc.collect()
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
-    trainer = Trainer(make_config(folder, **options), torch.float32, total_steps)
+    trainer = Trainer(make_config(folder, **options), dtype, total_steps)
     trainer.load_hf(folder)
     if trainer.needs_reference():
         trainer.load_hf(folder.parent / "other", trainer.add_reference())

@@ -206,6 +206,37 @@ def case_full_recompute() -> dict[str, Any]:
     return {"gradient": difference, "tensor": name}
 
 
+def case_a_swapped_trainer_trains_the_same() -> None:
+    """Weights, optimizer and reference leave and come back between rollouts, gradients are dropped: not a bit changes. Also with fp32 weights beside
+    bf16 ones."""
+    from rlmono.memory.host import HostMemory
+    from rlmono.memory.plan import LEAVES, SwapPlan
+    from rlmono.memory.swap import Memory
+    batch = samples()
+    for dtype in (torch.float32, torch.bfloat16):
+        results = []
+        for rung in ("none", "optimizer", "all"):
+            trainer = tiny.build_trainer(FOLDER / "untied", dtype=dtype, lr=1e-3, use_kl_loss=True, kl_loss_coef=0.1, kl_loss_type="k3")
+            memory = Memory(None, SwapPlan(rung, LEAVES[rung], "a test"), HostMemory(2**24, pin=False))
+            memory.adopt(trainer.tagged())
+            assert all(h.nbytes for h in memory.holdings.values())
+            trainer.before_update(memory.wait)
+            for state in ("boot", "sync", "rollout", "train", "sync", "rollout"):
+                if state == "train":
+                    away = {name for name, h in memory.holdings.items() if not h.here}
+                    assert away == set(LEAVES[rung]), away
+                    assert all(s.nbytes() == 0 for name in away for s in memory.holdings[name].storages)
+                memory.to(state)
+                if state == "train":
+                    trainer.train(tiny.batch(batch, tiny.step([batch], batch)))
+            memory.to("train")
+            metrics = trainer.train(tiny.batch(batch, tiny.step([batch], batch)))
+            results.append((metrics["train/kl_loss"], metrics["train/grad_norm"], tiny.exported(trainer)))
+        for kl, norm, weights in results[1:]:
+            assert (kl, norm) == results[0][:2]
+            assert all(torch.equal(weights[k], v) for k, v in results[0][2].items())
+
+
 def case_responses_without_a_token() -> None:
     """A sample that was aborted before its first token counts as a sample, and trains nothing."""
     bare = samples()

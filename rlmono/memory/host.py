@@ -1,0 +1,154 @@
+"""Host memory: how much a node has left, and memory that is pinned once, in the background, and kept for the whole run.
+
+Pinning is what makes the first swap of a run slow: pages are made, and locked, at a few GiB/s. A copy to or from pinned pages
+then runs at the rate of the link.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import mmap
+import threading
+import time
+from pathlib import Path
+from typing import Iterator, Mapping, Optional
+
+import torch
+
+log = logging.getLogger(__name__)
+
+CHUNK = 2**30
+"""Pages are made and pinned in pieces of this size; one copy must not cross from one into the next."""
+_ALIGN = 512
+
+
+class HostMemory:
+    """Pinned memory of `nbytes`, ready piece by piece as a thread makes it; `take` waits for its piece, and `waited_s` counts how long."""
+
+    def __init__(self, nbytes: int, pin: bool):
+        self.nbytes, self.pin, self.waited_s = _up(nbytes, CHUNK) if pin else nbytes, pin, 0.0
+        self._taken = self._ready = 0
+        self._error: Optional[Exception] = None
+        self._device = torch.cuda.current_device() if pin else None
+        self._news = threading.Condition()
+        self._all = torch.empty(self.nbytes, dtype=torch.uint8)
+        if self.nbytes:
+            threading.Thread(target=self._make, name="pin host memory", daemon=True).start()
+
+    def take(self, nbytes: int) -> torch.Tensor:
+        """uint8 [nbytes] that nobody else has. Waits until it is pinned; raises MemoryError when pinning has failed or there is not so much."""
+        start, self._taken = self._taken, self._taken + _up(nbytes, _ALIGN)
+        if start + nbytes > self.nbytes:
+            raise MemoryError(f"{self._taken / 2**30:.1f} GiB of host memory are wanted for the swap, and {self.nbytes / 2**30:.1f} were planned")
+        begun = time.perf_counter()
+        with self._news:
+            self._news.wait_for(lambda: self._error is not None or self._ready >= start + nbytes)
+        self.waited_s += time.perf_counter() - begun
+        if self._error is not None:
+            raise MemoryError(f"{self.nbytes / 2**30:.1f} GiB of host memory can't be pinned: {self._error}") from self._error
+        return self._all[start:start + nbytes]
+
+    def _make(self) -> None:
+        begun = time.perf_counter()
+        try:
+            if self._device is not None:
+                torch.cuda.set_device(self._device)         # a thread begins on the first
+            _ask_for_huge_pages(self._all)
+            for start in range(0, self.nbytes, CHUNK):
+                piece = self._all[start:start + CHUNK]
+                piece.zero_()           # by all of torch's threads: makes the pages
+                if self.pin:
+                    _pin(piece)
+                with self._news:
+                    self._ready = start + len(piece)
+                    self._news.notify_all()
+        except Exception as e:          # told to whoever takes
+            with self._news:
+                self._error = e
+                self._news.notify_all()
+            return
+        log.info("%.1f GiB of host memory for the swap %s in %.1f s", self.nbytes / 2**30, "pinned" if self.pin else "made",
+                 time.perf_counter() - begun)
+
+    def pieces(self, tensor: torch.Tensor) -> Iterator[tuple[int, int]]:
+        """(from, to) of the parts of a taken tensor that one copy can move."""
+        offset, a = (tensor.data_ptr() - self._all.data_ptr()) % CHUNK, 0
+        while a < len(tensor):
+            b = min(len(tensor), a + CHUNK - offset)
+            yield a, b
+            a, offset = b, 0
+
+
+def _pin(piece: torch.Tensor) -> None:
+    status = torch.cuda.cudart().cudaHostRegister(piece.data_ptr(), piece.nbytes, 0)
+    if int(status) != 0:
+        raise RuntimeError(f"cudaHostRegister: {status}")
+
+
+def _ask_for_huge_pages(tensor: torch.Tensor) -> None:
+    """Advice only: 512 times fewer page faults where the kernel heeds it."""
+    start = _up(tensor.data_ptr(), mmap.PAGESIZE)
+    length = tensor.data_ptr() + tensor.nbytes - start
+    advice = getattr(mmap, "MADV_HUGEPAGE", None)
+    if advice is not None and length > 0:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), advice)
+
+
+def _up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+# ---------------------------------------------------------------- what a node has
+
+def available_bytes(root: Path = Path("/")) -> int:
+    """Host memory that this process may still take: what the kernel calls available, or less where its cgroup (v2 or v1) allows less."""
+    found = [v for v in (_meminfo(root).get("MemAvailable"), *_cgroup_left(root)) if v is not None]
+    return min(found) if found else 0
+
+
+def _meminfo(root: Path) -> Mapping[str, int]:
+    """Bytes by name."""
+    try:
+        lines = (root / "proc/meminfo").read_text().splitlines()
+    except OSError:
+        return {}
+    return {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines) if rest.split()[:1]}
+
+
+def _cgroup_left(root: Path) -> Iterator[int]:
+    """What each cgroup above this process still allows. Page cache counts as used there, but gives way: it is added again."""
+    base = root / "sys/fs/cgroup"
+    try:
+        own = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
+    except OSError:
+        own = []
+    for _, controllers, path in own:
+        if controllers == "":
+            folder, names = base, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            folder, names = base / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        inner = folder / path.lstrip("/")
+        for level in [inner, *inner.parents]:
+            if level == folder.parent:
+                break
+            limit, used = _number(level / names[0]), _number(level / names[1])
+            if limit is not None and used is not None and limit < 2**60:
+                yield max(0, limit - used + _cache(level / "memory.stat", names[2]))
+
+
+def _number(path: Path) -> Optional[int]:
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def _cache(path: Path, name: str) -> int:
+    try:
+        return next((int(line.split()[1]) for line in path.read_text().splitlines() if line.split()[0] == name), 0)
+    except OSError:
+        return 0

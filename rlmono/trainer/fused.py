@@ -1,0 +1,39 @@
+"""Functions that torch.compile turns into one kernel each on a GPU; on a CPU they run as they are written."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any, Callable, TypeVar
+
+import torch
+
+log = logging.getLogger(__name__)
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def fused(function: F) -> F:
+    """`function` (tensors first) compiled for the GPU at its first call there, with lengths that may change. One that can't be compiled here,
+    for want of a compiler say, is told once and runs as it is."""
+    compiled: list[Any] = []
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        if not args[0].is_cuda:
+            return function(*args)
+        if not compiled:
+            compiled.append(torch.compile(function, dynamic=True))
+        if compiled[0] is function:
+            return function(*args)
+        try:
+            return compiled[0](*args)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as e:
+            if type(e).__module__.startswith(("torch._dynamo", "torch._inductor", "triton")):
+                log.warning("%s runs without torch.compile: %s", function.__name__, str(e).splitlines()[0] if str(e) else type(e).__name__)
+                compiled[0] = function
+                return function(*args)
+            raise
+    return call     # type: ignore[return-value]
