@@ -120,9 +120,12 @@ class _Recorder(TorchDispatchMode):
                 self._note(args[0], args[1])
             elif func in _FILLS and self._is_parameter(args[0]):
                 self._note_fill(args[0])
-            elif touched := next((a for a in (*_tensors(args), *_tensors((kwargs or {}).values())) if self._is_parameter(a)), None):
+            elif (touched := self._first_parameter(args, kwargs or {})) is not None:
                 self.why_not = f"{func} is done to {self._parameters[touched.untyped_storage().data_ptr()]}"
         return func(*args, **(kwargs or {}))
+
+    def _first_parameter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Optional[torch.Tensor]:
+        return next((t for t in (*_tensors(args), *_tensors(kwargs.values())) if self._is_parameter(t)), None)
 
     def _is_parameter(self, t: Any) -> bool:
         return isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() in self._parameters
