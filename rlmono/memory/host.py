@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 CHUNK = 2**30
 """Pages are made and pinned in pieces of this size; one copy must not cross from one into the next."""
+THREADS = 4
 _ALIGN = 512
 
 
@@ -54,6 +55,7 @@ class HostMemory:
         try:
             if self._device is not None:
                 torch.cuda.set_device(self._device)         # a thread begins on the first
+                torch.set_num_threads(THREADS)              # torchrun allows one, which makes 2 GiB of pages a second
             _ask_for_huge_pages(self._all)
             for start in range(0, self.nbytes, CHUNK):
                 piece = self._all[start:start + CHUNK]
