@@ -69,7 +69,7 @@ def main() -> int:
         limit = (end - time.monotonic()) * weights[i] / sum(weights[i:])
         status = call(name, command, out, max(20.0, limit), {"BENCH_END": str(time.time() + max(20.0, limit) - 10)})
         if name == "run":
-            read_run(work / "run", out, float((out / "run.started").read_text()), status)
+            read_run(work / "run", out, float((out / "run.started").read_text()), status, gpu)
     return table(out, a.keep and gpu)
 
 
@@ -132,8 +132,8 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def read_run(run: Path, out: Path, launched: float, status: int) -> None:
-    """Figures out of a user's run: its metrics and the first sample's time."""
+def read_run(run: Path, out: Path, launched: float, status: int, gpu: bool) -> None:
+    """Figures out of a user's run: its metrics and when it began. A rehearsal has no targets."""
     path = run / "metrics.jsonl"
     if not path.exists():
         return
@@ -149,7 +149,7 @@ def read_run(run: Path, out: Path, launched: float, status: int) -> None:
                               "time of the rollout, policy auto", f"step {row['perf/step_time']:.2f} s, status {status}"))
     for name in sorted(k for k in rows[-1] if k.startswith("perf/") and isinstance(rows[-1][k], float)):
         figures.append(figure(f"run: {name}", rows[-1][name], "", "", "last rollout"))
-    (out / "run.json").write_text(json.dumps(figures, indent=1))
+    (out / "run.json").write_text(json.dumps([f | ({} if gpu else {"target": ""}) for f in figures], indent=1))
 
 
 def figure(name: str, value: float, unit: str, target: str, reference: str, note: str = "") -> dict[str, Any]:
