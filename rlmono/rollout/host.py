@@ -58,12 +58,14 @@ class NodeHost:
         return EngineClient(name, lambda m: self._send(first_rank, encode(m)), concurrency)
 
     async def start(self) -> None:
-        """Start the reward workers; then what this process has built until now (modules, prompts) is left out of garbage collection: to go
-        through it takes a second, in which no request would be answered."""
+        """Start the reward workers, and see that garbage collection does not hold up requests."""
         if self.serves:
             await self.rewards.start()
+            # What there is by now (modules, prompts) stays: to go through it takes a second. And a full collection goes through every token of
+            # every sample: by default that was a fifth of the loop's time.
             gc.collect()
             gc.freeze()
+            gc.set_threshold(*gc.get_threshold()[:2], 1000)
 
     async def close(self) -> None:
         if self.serves:
