@@ -72,15 +72,18 @@ class CheckpointStore:
         """Where trainers write this rollout's checkpoint."""
         return self.root / f"partial-{rollout_id:07d}-{self.attempt}"
 
-    def publish(self, rollout_id: int, data: Mapping[str, Any]) -> Path:
-        """Make what the trainers wrote a checkpoint. Raises OSError that names the folder when it can't be written; then nothing has changed."""
+    def publish(self, rollout_id: int, data: Mapping[str, Any], files: Optional[Mapping[str, bytes]] = None) -> Path:
+        """Make what the trainers wrote, and these files of the controller's, a checkpoint. Raises OSError that names the folder when it can't be
+        written; then nothing has changed."""
         try:
-            return self._publish(rollout_id, data)
+            return self._publish(rollout_id, data, files or {})
         except OSError as e:
             fail(self.partial(rollout_id), e)
 
-    def _publish(self, rollout_id: int, data: Mapping[str, Any]) -> Path:
+    def _publish(self, rollout_id: int, data: Mapping[str, Any], files: Mapping[str, bytes]) -> Path:
         partial, final = self.partial(rollout_id), self.root / f"rollout_{rollout_id:07d}"
+        for name, content in files.items():
+            (partial / name).write_bytes(content)
         seal(partial, {"rollout_id": rollout_id, "model": dict(self.config.model), "data": dict(data)})
         if final.exists():              # the same rollout of an earlier attempt, which this one has superseded
             os.replace(final, self.root / f"superseded-{rollout_id:07d}-{self.attempt}")

@@ -87,6 +87,8 @@ ALWAYS: dict[str, tuple[str, Any, str]] = {
 
 FUNCTIONS = {
     "slime.rollout.filter_hub.dynamic_sampling_filters.check_reward_nonzero_std": "rlmono.rollout.filters.check_reward_nonzero_std",
+    "slime.rollout.data_source.pop_first": "rlmono.rollout.filters.pop_first",
+    "slime.ray.rollout_data_source.pop_first": "rlmono.rollout.filters.pop_first",
 }
 """Shipped functions of the system that users come from, and ours."""
 

@@ -132,12 +132,19 @@ class Rollout:
         0.1, "Samples that may fail in the generate function, as a share of a rollout or an evaluation; with more the run ends.",
         minimum=0.0, maximum=1.0)
     over_sampling_batch_size: Optional[int] = option(
-        None, "Prompts to submit at once for dynamic sampling.", minimum=1, later="dynamic sampling")
+        None, "Prompts to submit at once; generation stops when --rollout-batch-size groups count. Default: as many as that.", minimum=1)
     dynamic_sampling_filter_path: Optional[str] = option(
-        None, "`module.function` (args, samples, **kw) that keeps or drops a group.", later="dynamic sampling")
-    partial_rollout: bool = option(False, "Keep aborted samples for the next rollout.", later="partial rollout")
-    mask_offpolicy_in_partial_rollout: bool = option(False, "Do not train on tokens of an older policy.", later="partial rollout")
-    buffer_filter_path: Optional[str] = option(None, "`module.function` that takes groups out of the data buffer.", later="partial rollout")
+        None, "`module.function` or `file.py:function`: (args, samples, **kw) -> bool, or keep and reason; a group that it drops does not count. "
+        "rlmono.rollout.filters has check_reward_nonzero_std and others.")
+    max_over_sampling_batches: int = option(
+        64, "Batches that one rollout submits at most; a filter that still drops too much ends the run with an error.", minimum=1)
+    partial_rollout: bool = option(False, "Samples that are aborted keep their tokens, and the next rollout goes on with them.")
+    partial_rollout_max_age: Optional[int] = option(
+        None, "A sample with tokens of weights more than so many versions (rollouts) old begins anew. Default: no bound.", minimum=0)
+    mask_offpolicy_in_partial_rollout: bool = option(False, "Do not train on tokens that older weights have sampled.")
+    buffer_filter_path: Optional[str] = option(
+        None, "`module.function` or `file.py:function`: (args, rollout_id, buffer, num_samples) -> groups that it takes out of the data buffer. "
+        "Default: the first ones.")
 
 
 @dataclass(frozen=True)

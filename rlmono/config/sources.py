@@ -52,7 +52,7 @@ class Found:
             return value and eval_sets(value)
         if isinstance(value, str) and value.startswith("slime."):
             if value not in names.FUNCTIONS:
-                raise ValueError(f"names {value}, which rlmono does not ship; it ships: {', '.join(names.FUNCTIONS.values())}")
+                raise ValueError(f"names {value}, which rlmono does not ship; it ships: {', '.join(dict.fromkeys(names.FUNCTIONS.values()))}")
             self.notes.append(f"{given.spelling}: {value} is {names.FUNCTIONS[value]} here")
             return names.FUNCTIONS[value]
         return value

@@ -214,6 +214,9 @@ def _algorithm(config: Config) -> Iterator[str]:
     if config.over_sampling_batch_size is not None and config.over_sampling_batch_size < config.rollout_batch_size:
         yield (f"over_sampling_batch_size {config.over_sampling_batch_size} is below rollout_batch_size {config.rollout_batch_size}: "
                "it must be at least as many")
+    if config.dynamic_sampling_filter_path in NEED_SEVERAL and config.n_samples_per_prompt == 1:
+        yield (f"dynamic_sampling_filter_path {config.dynamic_sampling_filter_path} compares the samples of a group, so with n_samples_per_prompt 1 "
+               "it drops every group: raise --n-samples-per-prompt, or leave the filter out")
     context = config.rollout_max_context_len
     positions = config.model.get("max_position_embeddings")
     if context and positions and context > positions:
@@ -246,6 +249,9 @@ def _optimizer(config: Config) -> Iterator[str]:
         yield "async_save needs --save"
 
 
+NEED_SEVERAL = ("rlmono.rollout.filters.check_reward_nonzero_std",)
+"""Filters that drop every group of one sample."""
+
 GROUPED = ("grpo", "gspo", "cispo", "dr_grpo", "rloo", "reinforce_plus_plus_baseline")
 """Estimators that compare a sample with the others of its group."""
 
@@ -274,6 +280,7 @@ def _estimator(config: Config) -> Iterator[str]:
 
 
 DEPENDENT = {"use_tis": ("tis_clip", "tis_clip_low", "tis_mode", "tis_level"), "use_opsm": ("opsm_delta",),
+             "partial_rollout": ("partial_rollout_max_age", "mask_offpolicy_in_partial_rollout"),
              "use_opd": ("opd_type", "opd_kl_coef", "opd_teacher_load"), "overlong_buffer_len": ("overlong_penalty_factor",),
              "optimizer_cpu_offload": ("overlap_cpu_optimizer_d2h_h2d",)}
 """Option -> options that say how it is done."""
@@ -475,6 +482,12 @@ def _remarks(config: Config, plan: BatchPlan) -> Iterator[str]:
         yield f"micro_batch_size {config.micro_batch_size} is ignored with use_dynamic_batch_size"
     if config.max_tokens_per_gpu is not None and not config.use_dynamic_batch_size:
         yield f"max_tokens_per_gpu {config.max_tokens_per_gpu} is ignored without use_dynamic_batch_size"
+    over_samples = config.dynamic_sampling_filter_path is not None or (config.over_sampling_batch_size or 0) > config.rollout_batch_size
+    if config.partial_rollout and not over_samples and config.loss_type != "sft":
+        yield ("partial_rollout has nothing to do: without over_sampling_batch_size above rollout_batch_size or dynamic_sampling_filter_path "
+               "nothing is aborted")
+    if over_samples and config.loss_type == "sft":
+        yield "over_sampling_batch_size and dynamic_sampling_filter_path are ignored: SFT samples nothing"
     if (config.eval_prompt_data or config.eval_config) and config.eval_interval is None:
         yield "evaluation runs only before and after training: there is no eval_interval"
     grouped = config.loss_type == "policy_loss" and config.advantage_estimator in GROUPED and not config.disable_rewards_normalization

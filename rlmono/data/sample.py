@@ -7,6 +7,8 @@ from typing import Any, Optional, Union
 import msgspec
 
 PENDING, COMPLETED, TRUNCATED, ABORTED, FAILED = "pending", "completed", "truncated", "aborted", "failed"
+FINISHED = (COMPLETED, TRUNCATED, FAILED)
+"""Nothing more is generated for a sample with one of these."""
 
 
 class Sample(msgspec.Struct, omit_defaults=True):

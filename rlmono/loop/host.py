@@ -23,6 +23,7 @@ from rlmono.observe.trackers import make_trackers
 from rlmono.rollout.cluster import Cluster
 from rlmono.rollout.controller import Controller
 from rlmono.rollout.debug import SavedRollouts
+from rlmono.rollout.filters import load_filter
 from rlmono.rollout.functions import function_at, generate_function
 from rlmono.rollout.host import NodeHost, serve_node
 from rlmono.rollout.prompts import Prompts
@@ -122,6 +123,7 @@ async def _control(world: World, folder: PrivateFolder, prompts: Prompts | Saved
 def plan_run(config: Config, attempt: str) -> tuple[Prompts | SavedRollouts, RunPlan]:
     """Read the data and the checkpoint, and say where the run begins. Raises ValueError with the remedy."""
     generate_function(config)       # refused here where it cannot be called
+    load_filter(config)
     for s in eval_sets(config):
         if s.custom_generate_function_path:
             function_at(s.custom_generate_function_path)
@@ -140,7 +142,7 @@ def plan_run(config: Config, attempt: str) -> tuple[Prompts | SavedRollouts, Run
         actor = Source(str(checkpoint.folder), "dist", with_optimizer=not (fresh or config.no_load_optim))
         if not fresh:
             start = checkpoint.rollout_id + 1
-            prompts.restore(checkpoint.state["data"])
+            prompts.restore(checkpoint.state["data"], checkpoint.folder)
     goes_on = checkpoint is not None and not fresh and config.save == config.load
     if isinstance(prompts, SavedRollouts):
         prompts.refuse_missing(start)

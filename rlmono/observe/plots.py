@@ -237,6 +237,7 @@ PLOTS = (
          _panels(("train/grad_norm", "gradient norm", RED), ("train/lr", "learning rate", BLUE))),
     Plot("time", "Where the time goes", "Seconds of each phase; the rest is what no phase accounts for.",
          (*PHASES, "perf/step_time"), _time),
-    Plot("throughput", "Throughput", "Tokens generated a second, a device.", ("perf/tokens_per_gpu_per_sec",),
-         _panels(("perf/tokens_per_gpu_per_sec", "tokens/s a device", TEAL))),
+    Plot("throughput", "Throughput", "Tokens generated a second, a device, and the share of the engines' time after they were last full.",
+         ("perf/tokens_per_gpu_per_sec",),
+         _panels(("perf/tokens_per_gpu_per_sec", "tokens/s a device", TEAL), ("perf/engine_slack_ratio", "share of time with slack", RED))),
 )

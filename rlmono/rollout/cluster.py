@@ -15,7 +15,9 @@ from rlmono.config.schema import Config
 from rlmono.data.sample import Sample
 from rlmono.rollout.failures import Failures
 from rlmono.rollout.host import NodeHost
+from rlmono.rollout.loads import Loads
 from rlmono.rollout.tasks import cancel, send_now, while_healthy
+from rlmono.world import messages
 from rlmono.world.channel import HEARTBEAT_S, HostMesh
 from rlmono.world.messages import EndPhase, Failed, Goodbye, GroupDone, Heartbeat, Message, Relay, Report, RunGroup, Sampling, decode, encode
 from rlmono.world.roles import RankGrid
@@ -29,7 +31,7 @@ class Cluster:
         host._upward = self._from_device
         self.failures = Failures(config.rollout_max_failed_share)
         self._strays: Counter[str] = Counter()
-        self._load = [0] * len(grid.engines)
+        self.loads = Loads(len(grid.engines), config.sglang_server_concurrency)
         self._jobs: dict[int, asyncio.Future[GroupDone]] = {}
         self._numbers = itertools.count()
         self._reports: dict[tuple[str, int], dict[int, dict[str, Any]]] = {}
@@ -69,13 +71,9 @@ class Cluster:
     async def run_group(self, samples: list[Sample], sampling: Sampling, evaluation: bool) -> list[Sample]:
         """Generate and reward one prompt's samples on the engine with least to do; without those that came to nothing.
         Raises RuntimeError with the host's text when that failed, or when too many samples have."""
-        engine = min(range(len(self._load)), key=lambda i: (self._load[i], i))
-        job = RunGroup(next(self._numbers), engine, samples, sampling, evaluation)
-        self._load[engine] += len(samples)
-        try:
-            done = await self._run(job)
-        finally:
-            self._load[engine] -= len(samples)
+        with self.loads.carried(samples, sampling) as engine:
+            done = await self._run(RunGroup(next(self._numbers), engine, samples, sampling, evaluation))
+        self.loads.heard(engine, done)
         if done.error:
             raise RuntimeError(f"group {samples[0].group_index} (prompt line in its metadata: {samples[0].metadata}) failed: {done.error}")
         self._strays.update(done.strays)
@@ -86,6 +84,12 @@ class Cluster:
         """`rollout/stray_answers/…`: answers of engines that nobody waited for, by kind, since the last call."""
         taken, self._strays = self._strays, Counter()
         return {f"rollout/stray_answers/{kind}": float(n) for kind, n in taken.items()}
+
+    def abort_groups(self) -> None:
+        """Every group that runs anywhere answers now, with what it has."""
+        self.host.abort_groups()
+        for rank in self._heard:
+            self._to_host(rank, messages.AbortGroups())
 
     async def _run(self, job: RunGroup) -> GroupDone:
         host = self.grid.host_of(self.grid.engines[job.engine][0])

@@ -23,10 +23,14 @@ from rlmono.observe.progress import Progress
 from rlmono.observe.samples import write_samples
 from rlmono.rollout.batch import rollout_statistics, train_batches
 from rlmono.rollout.cluster import Cluster
+from rlmono.rollout.collect import Collector
 from rlmono.rollout.debug import SavedRollouts, save_rollout
 from rlmono.rollout.evaluation import Evaluation
 from rlmono.rollout.prompts import Prompts
 from rlmono.rollout.sampling import rollout_sampling
+
+Data = tuple[dict[str, Any], dict[str, bytes]]
+"""Of a checkpoint: what state.json says of the data, and the data's files."""
 
 
 class Controller:
@@ -39,8 +43,9 @@ class Controller:
         self.evaluation = Evaluation(config, cluster, prompts, metrics, progress, run_dir)
         self.num_rollout = prompts.num_rollout
         self._dp_rank: dict[int, int] = {}
+        self._collector = Collector(config, cluster, prompts) if isinstance(prompts, Prompts) else None
         self._spent: dict[str, float] = {}
-        self._copied: asyncio.Queue[tuple[int, dict[str, Any]]] = asyncio.Queue()
+        self._copied: asyncio.Queue[tuple[int, Data]] = asyncio.Queue()
         self._behind: list[tuple[int, float]] = []
 
     async def run(self) -> None:
@@ -75,26 +80,20 @@ class Controller:
 
     async def collect(self, rollout_id: int) -> list[Group]:
         """The rollout's groups in submission order, generated and rewarded; in SFT, as the data has them."""
-        begun = time.perf_counter()
-        groups = self.prompts.next_groups(rollout_id, self.config.rollout_batch_size)
+        begun, c, loads = time.perf_counter(), self.config, self.cluster.loads
         if not self.cluster.grid.engines:           # SFT, or saved rollouts
-            return groups
-        self.progress.phase("generate", rollout_id, len(groups))
-        sampling = rollout_sampling(self.config, self.prompts.tokenizer.eos_ids)
-        done = await self._run_groups(groups, sampling, False, f"generating rollout {rollout_id}")
-        self._spent["perf/rollout_time"] = time.perf_counter() - begun
-        write_samples(self.run_dir / "samples" / f"rollout_{rollout_id}.jsonl", [s for g in done for s in g], self.config.log_samples,
+            return self.prompts.next_groups(rollout_id, c.rollout_batch_size)
+        assert self._collector is not None
+        self.progress.phase("generate", rollout_id, c.rollout_batch_size)
+        loads.begin()
+        done = await self._collector.collect(rollout_id, rollout_sampling(c, self.prompts.tokenizer.eos_ids), self.progress.advance)
+        seconds = time.perf_counter() - begun
+        per_device = loads.tokens / seconds / len(self.cluster.grid.engine_ranks)
+        self._spent |= {**done.values, **loads.end(), "rollout/generated_tokens": loads.tokens, "perf/rollout_time": seconds,
+                        "perf/tokens_per_gpu_per_sec": per_device}
+        write_samples(self.run_dir / "samples" / f"rollout_{rollout_id}.jsonl", [s for g in done.groups for s in g], c.log_samples,
                       self.prompts.tokenizer.decode)
-        return done
-
-    async def _run_groups(self, groups: list[Group], sampling: Any, evaluation: bool, what: str) -> list[Group]:
-        self.cluster.failures.begin(what, sum(map(len, groups)))
-
-        async def run(group: Group) -> Group:
-            done = await self.cluster.run_group(group, sampling, evaluation)
-            self.progress.advance()
-            return done
-        return await self.cluster.gather([run(g) for g in groups], self.config.phase_timeout_s, what)
+        return done.groups
 
     def _save_debug_data(self, rollout_id: int, groups: list[Group]) -> None:
         if self.config.save_debug_rollout_data is not None:
@@ -128,27 +127,27 @@ class Controller:
             return {}
         begun = time.perf_counter()
         self.progress.phase("save", rollout_id)
-        devices, state = self.cluster.grid.devices, self.prompts.state(rollout_id + 1)
+        devices, data = self.cluster.grid.devices, (self.prompts.state(rollout_id + 1), self.prompts.files())
         if self.config.async_save:
             await self.cluster.reports("copied", rollout_id, devices, self.config.phase_timeout_s)
-            self._copied.put_nowait((rollout_id, copy.deepcopy(state)))        # what it names goes on
+            self._copied.put_nowait((rollout_id, copy.deepcopy(data)))         # what it names goes on
         else:
-            await self._publish(rollout_id, state)
+            await self._publish(rollout_id, data)
         return {"perf/save_time": time.perf_counter() - begun}
 
-    async def _publish(self, rollout_id: int, state: dict[str, Any]) -> None:
+    async def _publish(self, rollout_id: int, data: Data) -> None:
         """Make a checkpoint of what every rank has written."""
         await self.cluster.reports("saved", rollout_id, self.cluster.grid.devices, self.config.phase_timeout_s)
         assert self.checkpoints is not None
         # In a thread: hashing takes minutes for a large model, and the heartbeats of the other nodes must go on.
-        publish = asyncio.to_thread(self.checkpoints.publish, rollout_id, state)
+        publish = asyncio.to_thread(self.checkpoints.publish, rollout_id, *data)
         await self.cluster.gather([publish], self.config.phase_timeout_s, f"publishing the checkpoint of rollout {rollout_id}")
 
     async def _publish_copied(self) -> None:
         while True:
-            rollout_id, state = await self._copied.get()
+            rollout_id, data = await self._copied.get()
             begun = time.perf_counter()
-            await self._publish(rollout_id, state)
+            await self._publish(rollout_id, data)
             self._behind.append((rollout_id, time.perf_counter() - begun))
             self._copied.task_done()
 
@@ -175,9 +174,6 @@ class Controller:
         values = values | self._spent | self.prompts.left_out() | {"perf/step_time": seconds}
         if self.config.loss_type != "sft":
             values |= rollout_statistics(groups, self.config) | self.cluster.failures.counts("rollout/failed/") | self.cluster.take_strays()
-        if self.cluster.grid.engines:
-            generated = sum(s.response_length for g in groups for s in g)
-            values["perf/tokens_per_gpu_per_sec"] = generated / self._spent["perf/rollout_time"] / len(self.cluster.grid.engine_ranks)
         trains = sum(values.get(f"perf/{k}", 0.0) for k in ("train_time", "log_probs_time", "ref_log_probs_time"))
         values["perf/wait_time_ratio"] = 1 - trains / seconds
         self.metrics.log(rollout_id, values)

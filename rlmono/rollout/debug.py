@@ -107,5 +107,8 @@ class SavedRollouts:
     def state(self, next_rollout: int) -> dict[str, Any]:
         return {"next_rollout": next_rollout, "rollouts": self._template}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def files(self) -> dict[str, bytes]:
+        return {}
+
+    def restore(self, state: dict[str, Any], folder: Path) -> None:
         """Nothing: a rollout's file has its number."""

@@ -43,12 +43,18 @@ class EngineClient:
         self._given_up: set[str] = set()                        # not even their abort was answered
         self._heard = 0.0           # or, where that is later, when the first of the requests that wait was sent
         self.strays: Counter[str] = Counter()
-        self.tokens = 0
+        self.tokens = self._told = 0
+        self.ends_now = False
+        """All requests are aborted, and new ones answer with nothing, until `begin_phase`."""
+        self._most = 0              # requests in flight at the best of this phase
+        self._slack_since = self._idle_since = time.monotonic()
 
     async def generate(self, input_ids: list[int], sampling: Sampling, timeout_s: float) -> Output:
         """One response; a call that is cancelled aborts its request. Raises EngineFault when the engine does not answer in time (it is
         aborted then), or refuses."""
         async with self._room:
+            if self.ends_now:
+                return Output("", [], [], "abort", 0)
             rid = f"{self._prefix}{self._requests:012x}"        # one length: SGLang aborts by prefix
             self._requests += 1
             answer: asyncio.Future[Output] = asyncio.get_running_loop().create_future()
@@ -56,6 +62,7 @@ class EngineClient:
             if not self.waiting:
                 self.heard()
             self._waiting[rid] = answer
+            self._most = max(self._most, len(self._waiting))
             try:
                 await asyncio.wait([answer], timeout=timeout_s)
             finally:
@@ -88,9 +95,12 @@ class EngineClient:
     def deliver(self, outputs: Outputs) -> None:
         """Answers from the socket."""
         self.heard()
+        now = time.monotonic()
         for item in outputs.items:
             self.tokens += len(item.output_ids)
-            answer, left = self._waiting.get(item.rid), self._left.pop(item.rid, None)
+            if len(self._waiting) == self._most:
+                self._slack_since = now
+            answer, left = self._waiting.pop(item.rid, None), self._left.pop(item.rid, None)
             if left is not None:
                 left.set_result(item)
             elif answer is not None and not answer.done():
@@ -98,6 +108,8 @@ class EngineClient:
                 continue
             if left is None or item.finish != "abort":      # an abort is what was asked for
                 self._stray(item.rid, late=left is not None)
+        if not self._waiting:
+            self._idle_since = now
 
     def _stray(self, rid: str, late: bool) -> None:
         if late or rid in self._given_up:
@@ -109,6 +121,22 @@ class EngineClient:
             kind = "unknown"
         self.strays[kind] += 1
         log.warning("%s: an answer to request %s, which nobody waits for: %s", self.name, rid, kind)
+
+    def begin_phase(self) -> None:
+        """Groups come again: nothing of the phase before, and no abort, goes on."""
+        self.ends_now, self._most = False, 0
+        self._slack_since = self._idle_since = time.monotonic()
+
+    def take_tokens(self) -> int:
+        """Tokens that have been generated since the last call."""
+        new, self._told = self.tokens - self._told, self.tokens
+        return new
+
+    def rest_s(self) -> tuple[float, float]:
+        """(seconds without any request, seconds with fewer than at the best of this phase), up to now."""
+        now = time.monotonic()
+        idle = 0.0 if self._waiting else now - self._idle_since
+        return idle, 0.0 if self._waiting and len(self._waiting) == self._most else now - self._slack_since
 
     async def settle(self) -> None:
         """Until the engine has answered the requests that nobody waits for any more; those that it does not answer are given up."""
@@ -127,7 +155,8 @@ class EngineClient:
         return taken
 
     def abort_all(self) -> None:
-        """Every request answers at once, with what it has."""
+        """Every request answers at once, with what it has, and new ones with nothing, until `begin_phase`."""
+        self.ends_now = True
         self._send(Abort())
 
     def end_phase(self) -> None:

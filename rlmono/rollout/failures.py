@@ -24,6 +24,10 @@ class Failures:
         self._what, self._planned = what, planned
         self._counts.clear()
 
+    def plan(self, samples: int) -> None:
+        """More of them in the same phase."""
+        self._planned += samples
+
     def add(self, failures: Sequence[Failure]) -> None:
         """Raises RuntimeError with the last one's text when they have become too many."""
         self._counts.update(f.outcome for f in failures)

@@ -15,7 +15,7 @@ import msgspec
 import zmq.asyncio
 
 from rlmono.config.schema import Config
-from rlmono.data.sample import ABORTED, FAILED, Sample
+from rlmono.data.sample import ABORTED, FAILED, FINISHED, Sample
 from rlmono.data.tokenizer import Tokenizer
 from rlmono.rewards.pool import RewardPool
 from rlmono.rollout.endpoint import Endpoint
@@ -24,6 +24,7 @@ from rlmono.rollout.functions import SampleFailed, function_at, generate_functio
 from rlmono.rollout.generate import GenerateState
 from rlmono.rollout.tasks import cancel, send_now, while_healthy
 from rlmono.rollout.text import Texts
+from rlmono.world import messages
 from rlmono.world.channel import HEARTBEAT_S, HostMesh, PrivateFolder, bind_devices
 from rlmono.world.messages import EndPhase, Failed, Failure, Goodbye, GroupDone, Heartbeat, Message, Outputs, Relay, RunGroup, decode, encode
 from rlmono.world.roles import RankGrid
@@ -40,6 +41,9 @@ class NodeHost:
         self._router = bind_devices(context, folder.address)
         self.engines: dict[int, EngineClient] = {}
         self._by_rank: dict[int, EngineClient] = {}
+        self._running = 0               # groups
+        self._ends_now = False          # and all of them have been aborted
+        self._scoring: set[asyncio.Future[None]] = set()
         self.serves = bool(grid.engines)
         if not self.serves:
             return
@@ -112,16 +116,38 @@ class NodeHost:
     async def run_group(self, job: RunGroup) -> GroupDone:
         """Generate and reward one group. A sample that comes to nothing is a Failure; in an evaluation it stays, with reward 0."""
         started = time.perf_counter()
+        self._begin_group()
         try:
             samples = await asyncio.gather(*(self._run_sample(job, s) for s in job.samples))
             kept = [s for made, _ in samples for s in made]
             if self.config.group_rm and not any(s.status == ABORTED for s in kept):
-                await self.rewards.reward([s for s in kept if s.status != FAILED], group=True)
+                await self._reward([s for s in kept if s.status != FAILED], group=True)
         except Exception as e:
             log.exception("group %d failed", job.samples[0].group_index)
             return GroupDone(job.job, [], error=f"{type(e).__name__}: {e}")
+        finally:
+            self._running -= 1
+        engine = self.engines[job.engine]
+        idle_s, slack_s = engine.rest_s()
         return GroupDone(job.job, kept, seconds=time.perf_counter() - started, failures=[f for _, f in samples if f is not None],
-                         strays=self.engines[job.engine].take_strays())
+                         tokens=engine.take_tokens(), idle_s=idle_s, slack_s=slack_s, strays=engine.take_strays())
+
+    def _begin_group(self) -> None:
+        if self._running == 0:          # the controller begins a phase when all groups of the one before have answered
+            self._ends_now = False
+            for engine in self.engines.values():
+                engine.begin_phase()
+        self._running += 1
+
+    def abort_groups(self) -> None:
+        """Every group that runs here answers now: its samples with what they have, and without a reward where that is not there yet."""
+        if not self._running:
+            return
+        self._ends_now = True
+        for engine in self.engines.values():
+            engine.abort_all()
+        for scoring in self._scoring:
+            scoring.cancel()
 
     def _failed(self, sample: Sample, why: SampleFailed, evaluation: bool) -> tuple[list[Sample], Failure]:
         if (cause := f"{why.outcome}: {why}"[:200]) not in self._logged:
@@ -139,13 +165,32 @@ class NodeHost:
                               self._endpoint, self.texts)
         function = self._generate if sample.generate_function_path is None else function_at(sample.generate_function_path)
         try:
-            samples = await make_samples(function, self.config, sample, job.sampling, state)
+            samples = [sample]
+            if sample.status not in FINISHED:           # else it came back from an earlier rollout
+                samples = await make_samples(function, self.config, sample, job.sampling, state)
         except SampleFailed as e:
             await self.engines[job.engine].settle()
+            if self._ends_now:                          # no wonder; the prompt comes again
+                return [], None
             return self._failed(sample, e, job.evaluation)
         if not self.config.group_rm:
-            await self.rewards.reward([s for s in samples if s.status != ABORTED])
+            await self._reward([s for s in samples if s.status != ABORTED])
         return samples, None
+
+    async def _reward(self, samples: list[Sample], group: bool = False) -> None:
+        """Reward samples, unless all groups are aborted: then those that have no reward yet stay without."""
+        if self._ends_now:
+            return
+        scoring = asyncio.ensure_future(self.rewards.reward(samples, group))
+        self._scoring.add(scoring)
+        try:
+            await scoring
+        except asyncio.CancelledError:
+            if not self._ends_now or asyncio.current_task().cancelling():       # type: ignore[union-attr]
+                raise
+        finally:
+            scoring.cancel()
+            self._scoring.discard(scoring)
 
 
 async def serve_node(host: NodeHost, mesh: HostMesh, timeout_s: float) -> None:
@@ -186,6 +231,8 @@ async def serve_node(host: NodeHost, mesh: HostMesh, timeout_s: float) -> None:
                 task = asyncio.create_task(run(message))
                 running.add(task)
                 task.add_done_callback(running.discard)
+            elif isinstance(message, messages.AbortGroups):
+                host.abort_groups()
             elif isinstance(message, Goodbye):
                 if message.error:
                     raise RuntimeError(f"the controller has ended the run: {message.error}")

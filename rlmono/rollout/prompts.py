@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import Any, Iterator
+from pathlib import Path
+from typing import Any, Iterator, Sequence
 
 from rlmono.config.evals import EvalSet, eval_sets
 from rlmono.config.schema import Config
@@ -15,7 +16,11 @@ from rlmono.data.rows import DataError, Prompt, Rules
 from rlmono.data.sample import COMPLETED, Group, Sample
 from rlmono.data.tokenizer import Tokenizer
 from rlmono.rewards import check_prompt, label_required
+from rlmono.rollout.buffer import DataBuffer
 from rlmono.rollout.schedule import steps_per_rollout
+
+BUFFER = "buffer.msgpack"
+"""The data buffer's file in a checkpoint."""
 
 
 class Prompts:
@@ -29,6 +34,7 @@ class Prompts:
         order: dict[str, Any] = dict(seed=config.rollout_seed, shuffle=config.rollout_shuffle, samples_per_prompt=config.n_samples_per_prompt)
         self.source: Source | Mixture = sources[0] if len(sources) == 1 else Mixture(sources, config.prompt_data_weights)
         self.cursor = MixedCursor(self.source, **order) if isinstance(self.source, Mixture) else DataCursor(self.source, **order)
+        self.buffer = DataBuffer(config)
         self.eval_sets = [(s, self._eval_source(s)) for s in eval_sets(config)]
 
     def _eval_source(self, s: EvalSet) -> Source:
@@ -68,13 +74,18 @@ class Prompts:
     # ------------------------------------------------------------ groups
 
     def next_groups(self, rollout_id: int, n: int) -> list[Group]:
-        """n groups for a rollout, numbered over the whole run; in SFT with the data's own answers as responses."""
+        """n groups for a rollout: first what is in the data buffer, then new ones, numbered over the whole run; in SFT with the data's own
+        answers as responses."""
+        out = self.buffer.take(rollout_id, n)
         group, sample = self.cursor.groups, self.cursor.samples
-        out = []
-        for row in self.cursor.next(n):
+        for row in self.cursor.next(n - len(out)):
             out.append(self._group(self.source, row, group, sample, self.config.n_samples_per_prompt))
             group, sample = group + 1, sample + self.config.n_samples_per_prompt
         return out
+
+    def give_back(self, groups: Sequence[Group]) -> None:
+        """Groups that were given out and have not counted; they are the first to be given out again."""
+        self.buffer.put(groups)
 
     def eval_groups(self) -> Iterator[tuple[EvalSet, list[Group]]]:
         """Each eval set with its groups; the same numbers every time, so that the same seeds are drawn."""
@@ -117,11 +128,17 @@ class Prompts:
     # ------------------------------------------------------------ checkpoint
 
     def state(self, next_rollout: int) -> dict[str, Any]:
-        """What a checkpoint keeps of the data: everything before `next_rollout` has been given out."""
-        return {"next_rollout": next_rollout, "cursor": self.cursor.state()}
+        """What state.json keeps of the data: everything before `next_rollout` has been given out, and what came back is in the buffer."""
+        return {"next_rollout": next_rollout, "cursor": self.cursor.state(), "buffer": self.buffer.state()}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def files(self) -> dict[str, bytes]:
+        """What a checkpoint keeps beside it, by file name."""
+        return {BUFFER: self.buffer.dump()}
+
+    def restore(self, state: dict[str, Any], folder: Path) -> None:
+        """Go on where a checkpoint in `folder` was written. Raises ValueError for one that does not fit this run."""
         if "cursor" not in state:
             raise DataError(f"the checkpoint comes from a run on saved rollouts ({state.get('rollouts')}), which has no place in the prompt data: "
                             "start over the data with --finetune")
         self.cursor.restore(state["cursor"])
+        self.buffer.restore(state["buffer"], (folder / BUFFER).read_bytes())

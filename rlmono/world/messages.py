@@ -128,6 +128,8 @@ class GroupDone(msgspec.Struct, tag=True):
     """A node's host to the controller: the group's samples and what became of the others, or the error that ended it.
 
     `strays` counts answers of its engine that nobody waited for, since the last group: late, twice, unknown; and those that never came.
+    Of its engine, at this moment: `tokens` are those that it has generated since it was last told, `idle_s` is how long it has had nothing
+    to do (0 while it has), and `slack_s` how long less than at its best of this phase. Durations, as clocks of nodes differ.
     """
 
     job: int
@@ -136,6 +138,13 @@ class GroupDone(msgspec.Struct, tag=True):
     seconds: float = 0.0
     failures: list[Failure] = []
     strays: dict[str, int] = {}
+    tokens: int = 0
+    idle_s: float = 0.0
+    slack_s: float = 0.0
+
+
+class AbortGroups(msgspec.Struct, tag=True):
+    """Controller to a node's host: all groups that run there answer now, with what they have."""
 
 
 class Relay(msgspec.Struct, tag=True):
@@ -156,7 +165,7 @@ class Heartbeat(msgspec.Struct, tag=True):
 
 
 
-Message = Union[Generate, Abort, EndPhase, Outputs, TrainBatch, Report, Failed, RunGroup, GroupDone, Relay, Goodbye, Heartbeat]
+Message = Union[Generate, Abort, EndPhase, Outputs, TrainBatch, Report, Failed, RunGroup, GroupDone, AbortGroups, Relay, Goodbye, Heartbeat]
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Message)

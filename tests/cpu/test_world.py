@@ -285,7 +285,7 @@ def test_socket_folders_of_dead_runs_are_swept_and_no_others(tmp_path: Path, mon
 
 MESSAGES = [
     messages.Generate("0" * 16, [1, 2], messages.Sampling(5, 0.7, seed=2**61)),
-    messages.Abort(), messages.EndPhase(), messages.Heartbeat(), messages.Goodbye("why"), messages.Failed("why"),
+    messages.Abort(), messages.EndPhase(), messages.AbortGroups(), messages.Heartbeat(), messages.Goodbye("why"), messages.Failed("why"),
     messages.Outputs([messages.Output("r", [3], [-0.1], "stop", 2)]),
     messages.TrainBatch(1, [messages.TrainStep([[messages.TrainSample(0, 0, 1.0, bytes(12), 1, b"\x01", bytes(4))]], 1, 1)], [(0, 0, 1.0)]),
     messages.Report("trained", 3, {"metrics": {"a": 1.5}, "reports": True}),

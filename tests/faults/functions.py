@@ -37,3 +37,8 @@ def reward(args: Any, sample: Any, **kwargs: Any) -> float:
     if sample.index == HANGS:
         time.sleep(3600)
     return len(set(sample.response)) / 10
+
+
+def keep(args: Any, samples: Any, **kwargs: Any) -> bool:
+    """Drops about a third of the groups."""
+    return sum(s.response_length for s in samples) % 3 != 0
