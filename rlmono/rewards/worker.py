@@ -30,6 +30,7 @@ from rlmono.rewards.protocol import ELSEWHERE, LENGTH, Outcome, Ready, Setup, Ta
 
 _decode_task = msgspec.msgpack.Decoder(Task).decode
 _PR_SET_PDEATHSIG = 1
+LARGEST_OUTCOME_BYTES = 16 << 20
 
 
 def main() -> None:
@@ -66,7 +67,7 @@ def _limit(memory_bytes: int | None) -> None:
 def _serve_in_turn(inbox: BinaryIO, outbox: BinaryIO, args: Any) -> None:
     while (data := _read(inbox)) is not None:
         task = _decode_task(data)
-        _write(outbox, _score(task, args))
+        _send(outbox, _score(task, args))
 
 
 async def _serve_concurrently(inbox: BinaryIO, outbox: BinaryIO, args: Any) -> None:
@@ -84,7 +85,7 @@ async def _serve_concurrently(inbox: BinaryIO, outbox: BinaryIO, args: Any) -> N
 
 
 async def _answer(task: Task, outbox: BinaryIO, args: Any) -> None:
-    _write(outbox, await _score_async(task, args))
+    _send(outbox, await _score_async(task, args))
 
 
 def _score(task: Task, args: Any) -> Outcome:
@@ -203,6 +204,19 @@ def _read(inbox: BinaryIO) -> bytes | None:
 
 def _write(outbox: BinaryIO, message: msgspec.Struct) -> None:
     outbox.write(frame(message))
+    outbox.flush()
+
+
+def _send(outbox: BinaryIO, outcome: Outcome) -> None:
+    """The outcome, where it can be written and is of a size that the pool's process should hold."""
+    problem = f"is larger than {LARGEST_OUTCOME_BYTES >> 20} MiB"
+    try:
+        data = frame(outcome)
+    except Exception as error:
+        data, problem = b"", f"cannot be sent: {type(error).__name__}: {error}"
+    if not 0 < len(data) <= LARGEST_OUTCOME_BYTES:
+        data = frame(Outcome(outcome.id, remark="reward_invalid", where=problem, detail=f"what the reward returned {problem}"))
+    outbox.write(data)
     outbox.flush()
 
 

@@ -158,6 +158,9 @@ from pathlib import Path
 import numpy as np
 from rlmono.rewards import RewardFailure
 
+CYCLE = {"score": 1.0}
+CYCLE["self"] = CYCLE
+
 def plain(args, sample, **kwargs):
     """Does what the response says."""
     word, _, rest = sample.response.partition(" ")
@@ -177,7 +180,8 @@ def plain(args, sample, **kwargs):
         while True: kept.append(bytearray(1 << 26))
     if word == "segfault": ctypes.string_at(0)
     return {"nan": math.nan, "inf": -math.inf, "none": None, "text": "1", "true": True, "numpy": np.float32(0.5), "list": [1.0],
-            "dict": {"score": 0.25, "pred": np.int64(3)}, "baddict": {"score": None}, "pid": float(os.getpid())}.get(word, 1.0)
+            "dict": {"score": 0.25, "pred": np.int64(3)}, "large": {"score": 1, "pred": "x" * (17 << 20)} if word == "large" else 0, "cycle": CYCLE,
+            "baddict": {"score": None}, "pid": float(os.getpid())}.get(word, 1.0)
 
 async def waits(args, sample, **kwargs):
     word, _, rest = sample.response.partition(" ")
@@ -261,8 +265,9 @@ def test_failures_are_counted_outcomes(use: Callable[..., None], caplog: pytest.
 
 def test_dict_rewards(use: Callable[..., None]) -> None:
     async def body(pool: RewardPool) -> None:
-        assert [tuple(r) for r in await scores(pool, "dict", "baddict", "raise", "ok")] == [
-            ({"score": 0.25, "pred": 3}, None), ({"score": 0.0}, "reward_invalid"), ({"score": 0.0}, "reward_error"), (1.0, None)]
+        assert [tuple(r) for r in await scores(pool, "dict", "baddict", "raise", "large", "cycle", "ok")] == [
+            ({"score": 0.25, "pred": 3}, None), ({"score": 0.0}, "reward_invalid"), ({"score": 0.0}, "reward_error"),
+            ({"score": 0.0}, "reward_invalid"), ({"score": 0.0}, "reward_invalid"), (1.0, None)]
     use(body, reward_key="score")
 
 
