@@ -109,6 +109,7 @@ class Endpoint:
         except asyncio.CancelledError:
             if not session.closed:
                 session.remarks.append("endpoint_disconnect")
+                session.state.cancelled_at_engine = False       # the function goes on
             raise
         except Exception as e:
             session.remarks.append("endpoint_error")
