@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 CHUNK = 2**30
 """Pages are made and pinned in pieces of this size; one copy must not cross from one into the next."""
 THREADS = 4
+DEADLINE_S = 600
+"""For pages that somebody waits for: hundreds of GiB are made in that time."""
 _ALIGN = 512
 
 
@@ -44,7 +46,9 @@ class HostMemory:
             raise MemoryError(f"{self._taken / 2**30:.1f} GiB of host memory are wanted for the swap, and {self.nbytes / 2**30:.1f} were planned")
         begun = time.perf_counter()
         with self._news:
-            self._news.wait_for(lambda: self._error is not None or self._ready >= start + nbytes)
+            made = self._news.wait_for(lambda: self._error is not None or self._ready >= start + nbytes, DEADLINE_S)
+        if not made:
+            raise MemoryError(f"{self.nbytes / 2**30:.1f} GiB of host memory are not pinned within {DEADLINE_S} s: {self._ready / 2**30:.1f} are")
         self.waited_s += time.perf_counter() - begun
         if self._error is not None:
             raise MemoryError(f"{self.nbytes / 2**30:.1f} GiB of host memory can't be pinned: {self._error}") from self._error
