@@ -15,6 +15,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import msgspec
+
 from rlmono.config.rewards import REWARD_TYPES
 from rlmono.data.sample import Sample
 from rlmono.rewards import Judge, RewardError, default_judge, judge_of
@@ -110,7 +112,7 @@ class RewardPool:
         if self._broken is not None or not self._lanes:
             raise self._broken or RewardError("the reward pool is not running: start() comes before score(), close() after")
         key = samples[0].reward_key or self._args.reward_key
-        task = Task(next(self._ids), judge.path, samples, group, judge.boxed, key)
+        task = Task(next(self._ids), judge.path, samples if judge.custom else [_text_alone(s) for s in samples], group, judge.boxed, key)
         outcome = await self._ask(task)
         if outcome.remark == ELSEWHERE:
             self._async_paths.add(judge.path)
@@ -159,6 +161,11 @@ class RewardPool:
             logger.warning("%s at sample %d%s (reward 0; counted, and not shown again for this cause): %s", outcome.remark, samples[0].index,
                            f" and {len(samples) - 1} others of its group" if len(samples) > 1 else "",
                            outcome.detail or f"no answer within --reward-timeout-s {self._args.reward_timeout_s:g}")
+
+
+def _text_alone(sample: Sample) -> Sample:
+    """What the shipped rewards look at: of long samples, most bytes are the tokens and what the engine told of each."""
+    return msgspec.structs.replace(sample, tokens=[], response_length=0, rollout_log_probs=None, weight_versions=None, loss_mask=None)
 
 
 def _flat(args: Any) -> dict[str, Any]:
