@@ -117,6 +117,7 @@ class _Rollout:
     async def _stop(self) -> None:
         """Enough: the rest ends with what it has. Bounded by the deadline of the phase."""
         if self._running and not self._cuts:
+            await asyncio.sleep(0)          # what was submitted last is on its way only then
             self.collector.cluster.abort_groups()
         while self._running:
             await self._one()

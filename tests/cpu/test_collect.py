@@ -158,7 +158,7 @@ def leaves_what_it_takes(args: Any, rollout_id: int, buffer: list[Group], num_sa
 
 
 def buffer_with(path: str | None, n: int = 4, **values: Any) -> DataBuffer:
-    b = DataBuffer(config(partial_rollout=True, buffer_filter_path=path and f"{__file__}:{path}", **values))
+    b = DataBuffer(config(buffer_filter_path=path and f"{__file__}:{path}", **{"partial_rollout": True, **values}))
     b.put([group(i) for i in range(n)])
     return b
 
@@ -195,7 +195,8 @@ def test_samples_that_are_too_old_begin_anew() -> None:
     b = buffer_with(None, partial_rollout_max_age=2)
     (again, _), *_ = b.take(3, 1)               # its oldest token is of version 0
     assert again == Sample(index=0, group_index=0, tokens=[1, 2]) and again.status == PENDING and b.restarted == 2
-    assert [s.response_length for s in dataclasses.replace(Config(), partial_rollout=False) and buffer_with(None).take(99, 1)[0]] == [3, 3]
+    assert [s.response_length for s in buffer_with(None).take(99, 1)[0]] == [3, 3]      # without a bound
+    assert [s.response_length for s in buffer_with(None, partial_rollout=False).take(1, 1)[0]] == [0, 0]
 
 
 def test_a_buffer_survives_a_checkpoint() -> None:
