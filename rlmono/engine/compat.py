@@ -13,7 +13,7 @@ import importlib.util
 import os
 import sys
 import types
-from typing import Any, Callable
+from typing import Any, Callable, Iterable
 
 import torch
 import torch.distributed as dist
@@ -48,14 +48,17 @@ def prepare_cpu() -> None:
         _install_triton_stub()
 
 
-def refresh_copies(model: torch.nn.Module) -> None:
-    """Bring what SGLang keeps as a second copy of a parameter up to date, in place, as CUDA graphs have its address.
+def copies_of_weights(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Modules that keep a second copy of their weight for good from their first forward on, which is a CUDA graph's capture with random
+    weights: GLM-4.5's routers, in fp32."""
+    return [module for module in model.modules() if "_weight_fp32" in module._buffers]
 
-    GLM-4.5's router is in fp32 for good from its first forward on, which is a CUDA graph's capture with random weights.
-    """
-    for module in model.modules():
-        if getattr(module, "_weight_fp32", None) is not None:
-            module._weight_fp32.copy_(module.weight.data)
+
+def refresh_copies(modules: Iterable[torch.nn.Module]) -> None:
+    """Bring those copies up to date, in place, as CUDA graphs have their address."""
+    for module in modules:
+        if module._weight_fp32 is not None:
+            module._weight_fp32.copy_(module.weight.data)       # type: ignore[arg-type, operator, union-attr]
 
 
 _library: Any = None

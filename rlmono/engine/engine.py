@@ -52,6 +52,7 @@ class Engine:
         stops = bool(config.rollout_stop or config.custom_generate_function_path or config.eval_config)
         self.scheduler = self._build_scheduler(local_rank, stops)
         self._plan = LoadPlan(self._model())
+        self._copies = compat.copies_of_weights(self._model())
         if config.deterministic and device == "cpu":
             # On CPU its constructor refuses torch_native, and its batch-invariant kernels are for GPUs; torch's CPU
             # kernels don't let a row depend on the batch, so all that is missing is that seeds are heeded.
@@ -96,7 +97,7 @@ class Engine:
         self.drain()
         if not self.scheduler.flush_cache(empty_cache=False):
             raise RuntimeError("the engine still has requests after an update: its cache holds prefixes of the old weights")
-        compat.refresh_copies(self._model())
+        compat.refresh_copies(self._copies)
         self._plan.seal()
         self.weight_version = version
 

@@ -40,12 +40,15 @@ class LoadPlan:
         """Why the model can't be planned; empty while it can."""
         self._entries: dict[str, _Entry] = {}
         self._filled: list[torch.Tensor] = []       # padding, constant for good
+        self._parameters = list(model.parameters())
+        self._pointers = self._addresses()
         self._places = self._storages()
+        self._in_update = self._sealed = False
 
     def load(self, named: Named, long_way: Callable[[Named], None]) -> None:
         """Load full tensors with HF names; those that were not seen before by `long_way`, which is recorded."""
-        if not self.why_not and self._storages() != self._places:
-            self._entries, self._filled, self._places = {}, [], self._storages()        # somebody gave the model other memory
+        if not self._in_update:
+            self._begin_update()
         if self.why_not or any(not t.is_contiguous() for _, t in named):
             long_way(named)
             return
@@ -53,6 +56,7 @@ class LoadPlan:
         if len(known) == len(named):
             _copy([pair for entry, t in known for pair in _pairs(entry, t)])
             return
+        self._sealed = False
         with _Recorder(self, named) as recorder:
             long_way(named)
         if recorder.why_not:
@@ -63,8 +67,10 @@ class LoadPlan:
 
     def seal(self) -> None:
         """After all tensors of an update: a plan whose copies leave part of a parameter out is none."""
-        if self.why_not or not self._entries:
+        self._in_update = False
+        if self.why_not or self._sealed or not self._entries:
             return
+        self._sealed = True
         covered = dict.fromkeys(self._places, 0)
         places = [place for e in self._entries.values() for place, _ in e.copies] + self._filled
         for ptr, _, nbytes in {(p.untyped_storage().data_ptr(), p.data_ptr(), p.nbytes) for p in places}:
@@ -77,6 +83,16 @@ class LoadPlan:
     def _give_up(self, why: str) -> None:
         self.why_not, self._entries, self._filled = why, {}, []
         log.info("weights are loaded the long way: %s", why)
+
+    def _begin_update(self) -> None:
+        """Forget everything if somebody gave the model other memory. (Walking the model's names takes longer than many copies: once.)"""
+        self._in_update = True
+        if not self.why_not and self._addresses() != self._pointers:
+            self._entries, self._filled, self._sealed = {}, [], False
+            self._pointers, self._places = self._addresses(), self._storages()
+
+    def _addresses(self) -> list[int]:
+        return [p.data_ptr() for p in self._parameters]
 
     def _storages(self) -> dict[int, str]:
         return {p.untyped_storage().data_ptr(): name for name, p in self.model.named_parameters()}

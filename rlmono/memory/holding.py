@@ -61,11 +61,14 @@ class Holding:
         return moved
 
     def come(self) -> int:
-        """Take memory again and begin to copy back; `wait` before the first use. Returns the bytes that travel."""
-        for s, n in zip(self.storages, self.sizes, strict=True):
-            s.resize_(n)
+        """Take memory again and begin to copy back; `wait` before the first use. Returns the bytes that travel.
+
+        A copy begins as soon as its storage has memory: to get 45 GiB takes a tenth of the time of the copies.
+        """
         self.here, self._leaving = True, False
         if not self.kept:
+            for s, n in zip(self.storages, self.sizes, strict=True):
+                s.resize_(n)
             return 0
         self._copy(to_host=False)
         return self.nbytes
@@ -82,18 +85,23 @@ class Holding:
         assert self._memory is not None, f"{self.name} has no host memory"
         device = self.storages[0].device if self.storages else torch.device("cpu")
         if device.type != "cuda":
-            self._copy_pieces(to_host)
+            self._copy_pieces(to_host, None)
             return
         self._stream = self._stream or torch.cuda.Stream(device)
-        self._stream.wait_stream(torch.cuda.current_stream())
+        main = torch.cuda.current_stream(device)
+        self._stream.wait_stream(main)
         with torch.cuda.stream(self._stream):
-            self._copy_pieces(to_host)
+            self._copy_pieces(to_host, main)
             self._event = torch.cuda.Event()
             self._event.record()
 
-    def _copy_pieces(self, to_host: bool) -> None:
+    def _copy_pieces(self, to_host: bool, main: Any) -> None:
+        """On the current stream; memory is taken on `main`, whose it stays."""
         assert self._memory is not None
-        for storage, host in zip(self.storages, self._host, strict=True):
+        for storage, nbytes, host in zip(self.storages, self.sizes, self._host, strict=True):
+            if not to_host:
+                with torch.cuda.stream(main):
+                    storage.resize_(nbytes)
             there = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
             for a, b in self._memory.pieces(host):
                 (host if to_host else there)[a:b].copy_((there if to_host else host)[a:b], non_blocking=True)

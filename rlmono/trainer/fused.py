@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
 from typing import Any, Callable, TypeVar
 
@@ -11,6 +12,12 @@ import torch
 log = logging.getLogger(__name__)
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+@functools.cache
+def has_triton() -> bool:
+    """The real one: on a CPU, engine/compat.py may have put a stand-in in its place."""
+    return torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
 
 
 def fused(function: F) -> F:

@@ -10,7 +10,7 @@ from typing import Any, Callable, Optional
 
 import torch
 
-from rlmono.trainer.fused import fused
+from rlmono.trainer.fused import has_triton
 
 POSITIONS = "rope_positions"
 """Attribute of a pack's `cu_seqlens`: [t] position of each token within its sequence, of the tokens that this rank has."""
@@ -48,17 +48,24 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, t: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(cos, sin, positions)
-        return _turn(t, cos, sin, positions)        # type: ignore[no-any-return]
+        return _turn(t, cos, sin, positions, False)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         cos, sin, positions = ctx.saved_tensors
-        return _turn(grads[0], cos, -sin, positions), None, None, None
+        return _turn(grads[0], cos, sin, positions, True), None, None, None
 
 
-@fused
-def _turn(t: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    c, s = cos[positions][:, None], sin[positions][:, None]
+def _turn(t: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor, back: bool) -> torch.Tensor:
+    if t.is_cuda and has_triton():
+        from rlmono.trainer.rope_kernel import turn
+        return turn(t, cos, sin, positions, back)
+    return plain_turn(t, cos, sin, positions, back)
+
+
+def plain_turn(t: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor, back: bool) -> torch.Tensor:
+    """What `rope_kernel.turn` computes, in torch's own words."""
+    c, s = cos[positions][:, None], (-sin if back else sin)[positions][:, None]
     k = cos.shape[1]
     a, b = t[..., :k].float(), t[..., k:2 * k].float()
     return torch.cat(((a * c - b * s).to(t.dtype), (b * c + a * s).to(t.dtype), t[..., 2 * k:]), -1)
