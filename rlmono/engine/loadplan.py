@@ -43,12 +43,13 @@ class LoadPlan:
         self._parameters = list(model.parameters())
         self._pointers = self._addresses()
         self._places = self._storages()
-        self._in_update = self._sealed = False
+        self._sealed = False
 
     def load(self, named: Named, long_way: Callable[[Named], None]) -> None:
         """Load full tensors with HF names; those that were not seen before by `long_way`, which is recorded."""
-        if not self._in_update:
-            self._begin_update()
+        if not self.why_not and (addresses := self._addresses()) != self._pointers:     # somebody gave the model other memory
+            self._entries, self._filled, self._sealed = {}, [], False
+            self._pointers, self._places = addresses, self._storages()
         if self.why_not or any(not t.is_contiguous() for _, t in named):
             long_way(named)
             return
@@ -67,7 +68,6 @@ class LoadPlan:
 
     def seal(self) -> None:
         """After all tensors of an update: a plan whose copies leave part of a parameter out is none."""
-        self._in_update = False
         if self.why_not or self._sealed or not self._entries:
             return
         self._sealed = True
@@ -84,14 +84,8 @@ class LoadPlan:
         self.why_not, self._entries, self._filled = why, {}, []
         log.info("weights are loaded the long way: %s", why)
 
-    def _begin_update(self) -> None:
-        """Forget everything if somebody gave the model other memory. (Walking the model's names takes longer than many copies: once.)"""
-        self._in_update = True
-        if not self.why_not and self._addresses() != self._pointers:
-            self._entries, self._filled, self._sealed = {}, [], False
-            self._pointers, self._places = self._addresses(), self._storages()
-
     def _addresses(self) -> list[int]:
+        """A walk over the model's names takes longer than many copies; this does not."""
         return [p.data_ptr() for p in self._parameters]
 
     def _storages(self) -> dict[int, str]:
