@@ -214,9 +214,8 @@ def chunks(response: dict[str, Any], with_usage: bool) -> list[dict[str, Any]]:
             "model": response["model"]}
     out = []
     for c in response["choices"]:
-        whole: dict[str, Any]
-        nothing: dict[str, Any]
-        whole, nothing = ({"delta": _delta(c["message"])}, {"delta": {}}) if chat else ({"text": c["text"]}, {"text": ""})
+        whole: dict[str, Any] = {"delta": _delta(c["message"])} if chat else {"text": c["text"]}
+        nothing: dict[str, Any] = {"delta": {}} if chat else {"text": ""}
         out.append({**head, "choices": [{"index": c["index"], **whole, "logprobs": c["logprobs"], "finish_reason": None}]})
         out.append({**head, "choices": [{"index": c["index"], **nothing, "logprobs": None, "finish_reason": c["finish_reason"]}]})
     return [*out, {**head, "choices": [], "usage": response["usage"]}] if with_usage else out
