@@ -91,13 +91,13 @@ class NodeHost:
                 self._upward(rank, message)
 
     async def watch_engines(self) -> None:
-        """For ever: raises TimeoutError for an engine that has requests and is silent. It is looked at twice, so that what has come is read.
+        """For ever: raises RuntimeError for an engine that has requests and is silent. It is looked at twice, so that what has come is read.
         Before its first answer an engine may compile kernels for long: that is still its start."""
         c, suspects = self.config, set[EngineClient]()
         while True:
             silent = {e for e in self.engines.values() if e.silent_s() > (c.heartbeat_timeout_s if e.tokens else c.start_timeout_s)}
             for engine in suspects & silent:
-                raise TimeoutError(f"{engine.name} has {engine.waiting} requests, and nothing has come from it for {engine.silent_s():.0f} s: "
+                raise RuntimeError(f"{engine.name} has {engine.waiting} requests, and nothing has come from it for {engine.silent_s():.0f} s: "
                                    f"taken for dead (--heartbeat-timeout-s {c.heartbeat_timeout_s:g}; before a first answer --start-timeout-s "
                                    f"{c.start_timeout_s:g})")
             suspects = silent
