@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,36 +104,31 @@ def forget(files: list[Path]) -> None:
         os.close(descriptor)
 
 
-def rows(size: float) -> Iterator[list[dict[str, str]]]:
-    """Rows of about 1 kB, in batches, until there are `size` bytes of them."""
-    n, text = 0, "Let ABC be a triangle with integer sides; find the number of such triangles with perimeter n. " * 10
-    while n * 1000 < size:
-        yield [{"prompt": f"{i}: {text[i % 7:]}", "label": str(i)} for i in range(n, n + ROWS_AT_ONCE)]
-        n += ROWS_AT_ONCE
-
-
 def write(kind: str, folder: Path, gb: float) -> Path:
+    """A file of rows of about 1 kB; the same ones come again and again, which no reader here can tell."""
     import pyarrow as pa
     import pyarrow.parquet as pq
     if shutil.disk_usage(folder).free < 1.2e9 * gb:
         raise SystemExit(f"{folder}: there is no room for {gb:g} GB; name another --folder")
-    batches = rows(gb * 1e9)
+    text = "Let ABC be a triangle with integer sides; find the number of such triangles with perimeter n. " * 10
+    rows = [{"prompt": f"{i}: {text[i % 7:]}", "label": str(i)} for i in range(ROWS_AT_ONCE)]
+    times = range(round(gb * 1e9 / 1000 / ROWS_AT_ONCE))
+    table = pa.Table.from_pylist(rows)
     if kind == "jsonl":
-        path = folder / "a.jsonl"
+        path, lines = folder / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode()
         with path.open("wb") as file:
-            for batch in batches:
-                file.write("".join(json.dumps(row) + "\n" for row in batch).encode())
+            for _ in times:
+                file.write(lines)
         return path
-    schema = pa.schema([("prompt", pa.string()), ("label", pa.string())])
     if kind == "parquet":
         path = folder / "a.parquet"
-        with pq.ParquetWriter(path, schema, compression="none", use_dictionary=False) as writer:
-            for batch in batches:
-                writer.write_table(pa.Table.from_pylist(batch, schema), row_group_size=1000)
+        with pq.ParquetWriter(path, table.schema, compression="none", use_dictionary=False) as writer:
+            for _ in times:
+                writer.write_table(table, row_group_size=1000)
         return path
-    with pa.OSFile(str(folder / "data-00000-of-00001.arrow"), "wb") as sink, pa.ipc.new_stream(sink, schema) as stream:
-        for batch in batches:
-            stream.write_table(pa.Table.from_pylist(batch, schema), max_chunksize=1000)
+    with pa.OSFile(str(folder / "data-00000-of-00001.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as stream:
+        for _ in times:
+            stream.write_table(table, max_chunksize=1000)
     return folder
 
 
