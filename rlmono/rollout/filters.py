@@ -96,7 +96,10 @@ def load_filter(config: Config) -> Optional[Filter]:
 
 
 def judge(filter: Optional[Filter], config: Config, group: Group) -> Verdict:
-    """What the filter says of a group. Raises RuntimeError that names the option when it fails or answers with nothing."""
+    """What the filter says of a group; one whose samples have all failed is dropped where others come for those that are.
+    Raises RuntimeError that names the option when the filter fails or answers with nothing."""
+    if not group and (filter is not None or config.over_sampling_batch_size is not None):
+        return Verdict(False, "all_failed")
     if filter is None:
         return Verdict(True)
     where = f"--dynamic-sampling-filter-path {config.dynamic_sampling_filter_path}, on group {group[0].group_index}"

@@ -21,6 +21,7 @@ from rlmono.rewards.load import LoadError
 from rlmono.rollout.batch import rollout_statistics, train_batches
 from rlmono.rollout.cluster import Cluster
 from rlmono.rollout.failures import Failures
+from rlmono.rollout.filters import Verdict, check_reward_nonzero_std, judge
 from rlmono.rollout.functions import adapted
 from rlmono.rollout.generate import as_dict, as_sampling
 from rlmono.rollout.sampling import eval_sampling, rollout_sampling
@@ -355,6 +356,11 @@ def test_a_sample_that_fails_costs_itself_alone(tokenizer: Tokenizer, evaluation
     assert [s.index for s in good] == [0, len(FAULTS) + 1] and not done.error
     bad = [s for s in done.samples if s.status == FAILED]
     assert [(s.reward, s.remarks) for s in bad] == ([(0.0, [outcome]) for _, outcome, _ in FAULTS] if evaluation else [])
+
+
+def test_a_group_of_which_all_samples_failed_is_no_group_for_a_filter() -> None:
+    assert judge(check_reward_nonzero_std, Config(), []) == judge(None, Config(over_sampling_batch_size=64), []) == Verdict(False, "all_failed")
+    assert judge(None, Config(), []).keep, "there, a rollout has a group less"
 
 
 def failed(n: int) -> list[Failure]:
