@@ -11,6 +11,7 @@ the longest sample of a judged group has. That is what an abort would have left 
 from __future__ import annotations
 
 import asyncio
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -20,7 +21,7 @@ from rlmono.config.schema import Config
 from rlmono.data.sample import ABORTED, Group, Sample
 from rlmono.rollout.buffer import copy_prompt, cut, mask_old_tokens, weight_version
 from rlmono.rollout.cluster import Cluster
-from rlmono.rollout.filters import Verdict, judge, load_filter
+from rlmono.rollout.filters import judge, load_filter
 from rlmono.rollout.prompts import Prompts
 from rlmono.rollout.selection import Selection
 from rlmono.rollout.tasks import cancel
@@ -72,7 +73,7 @@ class _Rollout:
     def __init__(self, collector: Collector, rollout_id: int, sampling: Sampling, advance: Callable[[], None]):
         self.collector, self.config, self.rollout_id = collector, collector.config, rollout_id
         self._sampling, self._advance, self._version = sampling, advance, weight_version(self.config, rollout_id)
-        self._selection = Selection(self.config.rollout_batch_size, self._judge, self.config.deterministic)
+        self._selection = Selection(self.config.rollout_batch_size, lambda g: judge(collector.filter, self.config, g), self.config.deterministic)
         self._before: dict[int, Group] = {}
         self._after: dict[int, Group] = {}
         self._running: dict[asyncio.Task[Group], int] = {}
@@ -92,12 +93,6 @@ class _Rollout:
         finally:
             await cancel(self._running)
         return self._settle()
-
-    def _judge(self, group: Group) -> Verdict:
-        """A group that has lost all of its samples is dropped where others can take its place; else the rollout is that much smaller."""
-        if not group:
-            return Verdict(not self.collector.selects, "failed")
-        return judge(self.collector.filter, self.config, group)
 
     def _submit(self, groups: list[Group]) -> None:
         self.collector.cluster.failures.plan(sum(map(len, groups)))
@@ -130,7 +125,7 @@ class _Rollout:
         """Every group that was submitted counts, is dropped, or goes back to the buffer."""
         selection, surplus = self._selection, self._selection.surplus()
         values = self._counts(surplus)
-        longest = max((len(new) for n in (*selection.kept, *selection.dropped) for new in self._new(n)), default=0)
+        longest = max((new for n in (*selection.kept, *selection.dropped) for new in self._new(n)), default=0)
         self.collector.prompts.give_back([self._back(n, longest) for n in surplus])
         kept = [selection.kept[n] for n in sorted(selection.kept, key=lambda n: self._before[n][0].group_index)]
         if self.collector.selects:
@@ -164,14 +159,16 @@ class _Rollout:
         return values | {f"rollout/dynamic_filter/drop_{reason}": n for reason, n in selection.reasons.items()}
 
     def _ages(self, kept: Sequence[Group]) -> dict[str, float]:
-        """Tokens of older weights among those that count, and how many versions old."""
-        ages = [self._version - v for g in kept for s in g for v in s.weight_versions or ()]
-        return {"rollout/old_tokens_ratio": sum(a > 0 for a in ages) / max(len(ages), 1), "rollout/token_age_max": max(ages, default=0)}
+        """Tokens of older weights among those that count, and how many versions old. The versions of a sample ascend."""
+        versions = [s.weight_versions for g in kept for s in g if s.weight_versions]
+        old, all_tokens = sum(bisect_left(v, self._version) for v in versions), sum(map(len, versions))
+        age = max((self._version - v[0] for v in versions), default=0)
+        return {"rollout/old_tokens_ratio": old / max(all_tokens, 1), "rollout/token_age_max": age}
 
-    def _new(self, number: int) -> Iterator[list[int]]:
-        """The tokens that each sample of a group has got in this rollout."""
+    def _new(self, number: int) -> Iterator[int]:
+        """How many tokens each sample of a group has got in this rollout."""
         for sample, before in zip(self._after[number], self._before[number], strict=False):
-            yield sample.tokens[len(before.tokens):]
+            yield len(sample.tokens) - len(before.tokens)
 
 
 def written(sample: Sample) -> int:
