@@ -86,14 +86,14 @@ def reward(args: Any, sample: Any, **_: Any) -> float:
 class Host:
     """A node's host with its stand-ins, or with an engine of which `ready` tells. Build it with `host()`."""
 
-    def __init__(self, cluster: Any, tokens: int):
+    def __init__(self, cluster: Any, tokens: int, base: int = BASE):
         from rlmono.world.messages import Sampling
-        self.cluster, self.sampling, self.number = cluster, Sampling(tokens, ignore_eos=True), 0
+        self.cluster, self.sampling, self.number, self._base = cluster, Sampling(tokens, ignore_eos=True), 0, base
 
     def group(self, size: int = GROUP) -> list[Any]:
         from rlmono.data.sample import Sample
-        first, self.number = self.number, self.number + size
-        return [Sample(index=i, group_index=first // size, tokens=[7] * (PROMPT - 2) + [i // BASE, i % BASE]) for i in range(first, first + size)]
+        first, self.number, base = self.number, self.number + size, self._base
+        return [Sample(index=i, group_index=first // size, tokens=[7] * (PROMPT - 2) + [i // base, i % base]) for i in range(first, first + size)]
 
     async def rollout(self, groups: int, lengths: Sequence[int] = ()) -> list[Any]:
         """As the controller does it: all groups at once, results in order. `lengths` are the groups' numbers of tokens, where they differ."""
@@ -342,7 +342,7 @@ async def phases(model: Path) -> tuple[list[float], list[float]]:
                    str(Path(__file__).with_name("real_engine.py")), address, str(model), *map(str, (CONCURRENCY, PHASES, PROMPT, *LENGTHS))]
         process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, stdout=sys.stderr)
         try:
-            h, rates = Host(c, 0), []
+            h, rates = Host(c, 0, base=64), []        # small vocabularies
             for phase in range(PHASES):
                 await c.reports("ready", phase, [0], 300)
                 begun = time.perf_counter()
