@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Mapping
 
 from rlmono.config.option import ConfigError
 
@@ -39,3 +39,9 @@ def model_shape(path: str) -> dict[str, Any]:
     if hf.get("quantization_config"):
         shape["quantization_config"] = hf["quantization_config"]
     return shape
+
+
+def changed_values(path: str, model: Mapping[str, Any]) -> dict[str, Any]:
+    """What of the folder's config.json the shape `model` changes, as config.json would say it; {} without overrides."""
+    from rlmono.models.registry import changed_values as changed
+    return changed(read_hf_config(path), model)

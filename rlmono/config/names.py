@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Optional
+from typing import Any, Mapping, Optional
 
 from rlmono.config.foreign import Names, NotInstalled, megatron_names, sglang_names
 from rlmono.config.kinds import Kind, kind_of
@@ -82,8 +82,19 @@ ALWAYS: dict[str, tuple[str, Any, str]] = {
     "use_flash_attn": ("bool", ANY, "attention is rlmono's own, over packed samples"),
     "transformer_impl": ("str", ANY, "Transformer Engine is not used"),
     "make_vocab_size_divisible_by": ("int", ANY, "the vocabulary is padded to a multiple of the tensor-parallel size"),
+    "moe_grouped_gemm": ("bool", ANY, "experts are computed one after another; a product over all of them needs Transformer Engine"),
+    "moe_permute_fusion": ("bool", ANY, "the fused one needs Transformer Engine"),
 }
 """Megatron names for what rlmono does anyway: kind, the value that it has, and why it is not an option."""
+
+ANOTHER_MODEL = frozenset(
+    "softmax_scale softmax_type apply_residual_connection_post_layernorm layernorm_zero_centered_gamma apply_query_key_layer_scaling activation_func "
+    "glu_linear_offset activation_func_clamp_value rotary_interleaved window_size window_attn_skip_freq no_rope_freq mrope_section qk_clip "
+    "attention_output_gate experimental_attention_variant linear_attention_freq is_hybrid_model heterogeneous_block_specs mtp_num_layers "
+    "moe_shared_expert_gate moe_router_topk_limited_devices moe_router_force_load_balancing moe_input_jitter_eps moe_token_dropping moe_latent_size "
+    "moe_expert_capacity_factor moe_pad_expert_input_to_capacity moe_apply_probs_on_input rope_type original_max_position_embeddings beta_fast "
+    "beta_slow".split())
+"""Megatron's names that would make the trainer compute another function than the engine and config.json."""
 
 FUNCTIONS = {
     "slime.rollout.filter_hub.dynamic_sampling_filters.check_reward_nonzero_std": "rlmono.rollout.filters.check_reward_nonzero_std",
@@ -91,6 +102,20 @@ FUNCTIONS = {
     "slime.ray.rollout_data_source.pop_first": "rlmono.rollout.filters.pop_first",
 }
 """Shipped functions of the system that users come from, and ours."""
+
+
+def unused_shape(shape: Mapping[str, Any]) -> frozenset[str]:
+    """Names of the shape that say nothing for a model of this shape, though argument lists for Megatron give them."""
+    out: set[str] = set()
+    if shape.get("multi_latent_attention"):
+        out |= {"kv_channels", "num_query_groups"}
+        if shape.get("rope_type") == "rope":
+            out |= {"rotary_scaling_factor", "mscale", "mscale_all_dim"}
+    if shape.get("moe_router_score_function") == "sigmoid":
+        out.add("moe_router_pre_softmax")
+    if shape.get("num_moe_experts") and shape.get("moe_router_num_groups") is None:
+        out |= {"moe_router_num_groups", "moe_router_group_topk"}
+    return frozenset(out)
 
 
 @dataclass(frozen=True)
@@ -169,6 +194,8 @@ def _megatron(name: str) -> Optional[Target]:
         return replace(find(key), note=f"is {key} here")
     if name in SHAPE:
         return Target("model", name, Kind("int", many=True, single=True) if SHAPE[name] == "list" else Kind(SHAPE[name]))
+    if name in ANOTHER_MODEL:
+        raise ValueError("would make the trainer's model another than the engine's, which is that of config.json: leave it out")
     kinds = megatron_names().kinds
     return Target("megatron", name, kinds[name]) if name in kinds else None
 

@@ -6,11 +6,12 @@ every value by itself is right are they compared with each other (validate.py).
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any, Callable, Mapping, Sequence
 
 from rlmono.config import names, validate
-from rlmono.config.hf import model_shape
+from rlmono.config.hf import model_shape, read_hf_config
 from rlmono.config.kinds import parse
 from rlmono.config.names import Target, UnknownName
 from rlmono.config.option import ConfigError, options
@@ -123,11 +124,37 @@ def _add_model(found: Found) -> list[str]:
     except ConfigError as error:
         return [f"{found.origin['hf_checkpoint']}: {problem}" for problem in error.problems]
     given = found.values["model"]
-    problems = [f"{found.origin[f'model.{k}']}: {k} is {v}, but {path}/config.json says {shape.get(k)}: its weights would not fit; leave it out"
-                for k, v in given.items() if k not in names.FREE_SHAPE and not _same(v, shape.get(k))]
-    found.values["model"] = {**shape, **given}
+    problems = [f"{found.origin[f'model.{k}']}: {k} is {v}, but {path}/config.json says {shape.get(k)}: {why}; leave it out"
+                for k, v in given.items() if (why := _misfit(k, v, shape))]
+    free = {k: v for k, v in given.items() if k in names.FREE_SHAPE}
+    found.values["model"] = {**shape, **free}
     found.origin.update({f"model.{k}": f"{path}/config.json" for k in shape if k not in given})
-    return problems
+    return problems + _engine_alone(found, path)
+
+
+def _misfit(key: str, given: Any, shape: Mapping[str, Any]) -> str:
+    """Why a value of the shape can't be other than config.json's; empty where it is the same, may differ, or says nothing for this architecture."""
+    if _same(given, shape.get(key)) or key in names.unused_shape(shape):
+        return ""
+    if key == "rotary_percent" and shape[key] == 1.0:
+        return "the engine's model of this architecture has no partial rotary embedding"
+    return "" if key in names.FREE_SHAPE else "its weights would not fit"
+
+
+def _engine_alone(found: Found, path: str) -> list[str]:
+    """Problems of --sglang-json-model-override-args: what it says of the shape would not reach the trainer."""
+    text = found.values["sglang"].get("json_model_override_args")
+    if not text:
+        return []
+    from rlmono.models.registry import shape_from_hf
+    hf, source = read_hf_config(path), found.origin["sglang.json_model_override_args"]
+    try:
+        changed = shape_from_hf({**hf, **json.loads(text)})
+    except (ValueError, TypeError) as error:
+        return [f"{source}: {error}"]
+    return [f"{source}: it changes the engine's {k} to {v}, and not the trainer's; "
+            + (f"use --{k.replace('_', '-')} {v} for both" if k in names.FREE_SHAPE else "leave it out")
+            for k, v in changed.items() if v != shape_from_hf(hf).get(k)]
 
 
 def _same(given: Any, said: Any) -> bool:

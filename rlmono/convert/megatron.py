@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from rlmono.checkpoint.folder import FolderError, appearing, check_output, partial_of, require_space
 from rlmono.checkpoint.store import CheckpointError, fail, find_checkpoint, seal, weights_only_state
+from rlmono.config.hf import changed_values
 from rlmono.config.option import ConfigError
 from rlmono.config.schema import Config, Parallel
 from rlmono.config.sources import resolve
@@ -238,7 +239,11 @@ class ToHf(Job):
         if rank == 0:
             require_space(self.output, total)
             with Bar(f"writing {self.output}", total, True) as bar:
+<<<<<<< HEAD
                 save_hf(self.output, _told(buckets, bar, dtype), self.source, dtype)
+=======
+                save_hf(self.output, _checked(buckets, folder, bar, dtype), self.source, dtype, changed_values(str(self.source), self.config.model))
+>>>>>>> 13e02ee (Checkpoints move between all layouts; overrides reach the engine and exports; model configs and docs/models.md; a bench of layouts)
             print(f"{self.output}: {total / 2**30:.3g} GiB of {str(dtype).removeprefix('torch.')}")
         else:
             for _ in buckets:           # the export is collective

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from typing import Any
 
+from rlmono.config.hf import changed_values
 from rlmono.config.schema import Config
 
 
@@ -23,6 +25,8 @@ def server_args(config: Config, *, device: str, dtype: str, memory_saver: bool) 
         values["context_length"] = config.rollout_max_context_len
     values.update(_cpu_args(config) if device == "cpu" else _gpu_args())
     values.update(config.sglang)
+    if changed := changed_values(str(config.hf_checkpoint), config.model):      # --rotary-base and the like: both models must have it
+        values["json_model_override_args"] = json.dumps(changed | json.loads(values.get("json_model_override_args") or "{}"))
     if config.deterministic and device == "cuda":
         values["enable_deterministic_inference"] = True
     return ServerArgs(**values)

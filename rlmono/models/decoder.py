@@ -35,6 +35,22 @@ def rotary_base(hf: Shape) -> float:
     return float({**hf, **rope(hf)}.get("rope_theta", 10000.0))
 
 
+def free_values(hf: Shape, given: Shape) -> dict[str, Any]:
+    """Values of the shape that may differ from the HF config's, as config.json says them, by transformers 5's names and by earlier ones."""
+    out = {name: given[key] for key, name in FREE.items() if key in given}
+    if "rotary_base" in given or "rotary_percent" in given:
+        # Whole: who reads `rope_parameters` reads nothing beside it.
+        kept = {k: hf[k] for k in ("rope_theta", "partial_rotary_factor") if k in hf}
+        changed = {k: out[k] for k in ("rope_theta", "partial_rotary_factor") if k in out}
+        out["rope_parameters"] = {"rope_type": rope_kind(hf), "rope_theta": rotary_base(hf)} | kept | rope(hf) | changed
+    return out
+
+
+FREE = {"rotary_base": "rope_theta", "rotary_percent": "partial_rotary_factor", "norm_epsilon": "rms_norm_eps",
+        "max_position_embeddings": "max_position_embeddings", "init_method_std": "initializer_range"}
+"""Of a shape, what is no weight's size: with another value the HF folder's weights still fit."""
+
+
 def refuse_scaled_rope(hf: Shape, known: Iterable[str] = ("default",)) -> None:
     """Raises ValueError for a RoPE scaling that the family's code does not compute."""
     if rope_kind(hf) not in known:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any, Mapping
 
+from rlmono.models.decoder import free_values
+
 FAMILIES = {
     "Qwen2ForCausalLM": "rlmono.models.qwen2",
     "Qwen3ForCausalLM": "rlmono.models.qwen3",
@@ -35,3 +37,12 @@ def shape_from_hf(hf: Mapping[str, Any]) -> dict[str, Any]:
         return {"architecture": names[0], **family(names[0]).shape_from_hf(hf)}
     except KeyError as e:
         raise ValueError(f"config.json: {e.args[0]!r} is missing ({names[0]})") from None
+
+
+def changed_values(hf: Mapping[str, Any], shape: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json would have to say for `shape`, where that differs from what it says: --rotary-base, --norm-epsilon and the like.
+
+    The engine's model and exported folders are told by these.
+    """
+    said = shape_from_hf(hf)
+    return free_values(hf, {k: v for k, v in shape.items() if k in said and v != said[k]})

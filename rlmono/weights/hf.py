@@ -242,13 +242,14 @@ def _layer(name: str) -> tuple[str, int]:
 
 # ---------------------------------------------------------------- writing
 
-def save_hf(folder: Path, named: Iterable[tuple[str, torch.Tensor]], source: Path, dtype: torch.dtype) -> None:
-    """Write tensors as HF shards with an index, with `source`'s config and tokenizer beside them, and its layers for next-token
-    prediction as they are there; the folder appears whole or not at all."""
+def save_hf(folder: Path, named: Iterable[tuple[str, torch.Tensor]], source: Path, dtype: torch.dtype,
+            changed: Optional[Mapping[str, Any]] = None) -> None:
+    """Write tensors as HF shards with an index, with `source`'s config (but for the values in `changed`) and tokenizer beside them, and its
+    layers for next-token prediction as they are there; the folder appears whole or not at all."""
     with appearing(folder) as partial:
         copy_companions(source, partial)
         _write_shards(partial, _with_prediction(named, source), dtype)
-        edit_config(partial, lambda config: _set_dtype(config, dtype))
+        edit_config(partial, lambda config: _rewrite(config, dtype, changed or {}))
 
 
 def copy_companions(source: Path, folder: Path) -> None:
@@ -312,7 +313,7 @@ def _flush(folder: Path, shards: list[dict[str, torch.Tensor]]) -> None:
     shards.append({})
 
 
-def _set_dtype(config: dict[str, Any], dtype: torch.dtype) -> None:
+def _rewrite(config: dict[str, Any], dtype: torch.dtype, changed: Mapping[str, Any]) -> None:
     for name in ("torch_dtype", "quantization_config"):
         config.pop(name, None)
-    config["dtype"] = str(dtype).removeprefix("torch.")
+    config.update(changed, dtype=str(dtype).removeprefix("torch."))

@@ -1,7 +1,8 @@
 """Figures in docs/benchmarks/*.json, and docs/benchmarks.md made of them: `python tests/bench/figures.py` writes the page anew.
 
 A file is a list of figures: `name`, `value`, `unit`, `reference` (what it is held against, or a ceiling), `target`, `command`,
-and `machine`; `note` is optional. A target is a comparison such as "<= 1e-5", or "" where the figure is only reported.
+and `machine`; `note` is optional. With `table`, `row` and `column` it is a cell of a table of that title. A target is a comparison such as
+"<= 1e-5", or "" where the figure is only reported.
 """
 
 from __future__ import annotations
@@ -51,9 +52,23 @@ def write_page() -> None:
             by_command.setdefault((figure["command"], figure["machine"]), []).append(figure)
         lines += ["", f"## {path.stem}"]
         for (command, machine), group in by_command.items():
-            lines += ["", f"`{command}` on {machine}", "", "| what | value | target | held against |", "| --- | --- | --- | --- |"]
-            lines += [_row(figure) for figure in group]
+            lines += ["", f"`{command}` on {machine}"]
+            single = [figure for figure in group if "table" not in figure]
+            if single:
+                lines += ["", "| what | value | target | held against |", "| --- | --- | --- | --- |", *map(_row, single)]
+            for title in dict.fromkeys(figure["table"] for figure in group if "table" in figure):
+                lines += _table(title, [figure for figure in group if figure.get("table") == title])
     PAGE.write_text("\n".join(lines) + "\n")
+
+
+def _table(title: str, cells: list[dict[str, Any]]) -> list[str]:
+    """Figures of one target and reference, by row and column."""
+    columns = list(dict.fromkeys(c["column"] for c in cells))
+    at = {(c["row"], c["column"]): f"{c['value']:.2g}" + ("" if met(c) else " **missed**") for c in cells}
+    target = f"; target {cells[0]['target']}" if cells[0]["target"] else ""
+    lines = ["", f"**{title}**{target}. Held against: {cells[0]['reference']}.", "", f"| | {' | '.join(columns)} |",
+             "| --- |" + " --- |" * len(columns)]
+    return lines + [f"| {row} | {' | '.join(at.get((row, c), '') for c in columns)} |" for row in dict.fromkeys(c["row"] for c in cells)]
 
 
 def _row(figure: Mapping[str, Any]) -> str:

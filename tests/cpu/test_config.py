@@ -380,9 +380,9 @@ def test_missing_packages_matter_only_where_their_names_are_given(small: Callabl
     monkeypatch.setattr(foreign.importlib.util, "find_spec", lambda name: None)
     try:
         assert small().seed == 1234
-        assert problems(lambda: small("--sglang-dp-size 2 --moe-grouped-gemm")) == [
+        assert problems(lambda: small("--sglang-dp-size 2 --moe-aux-loss-coeff 0")) == [
             "flag --sglang-dp-size cannot be checked: sglang is not installed in this environment",
-            "flag --moe-grouped-gemm cannot be checked: megatron is not installed in this environment"]
+            "flag --moe-aux-loss-coeff cannot be checked: megatron is not installed in this environment"]
     finally:
         for cached in names:
             cached.cache_clear()

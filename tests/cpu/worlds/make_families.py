@@ -38,9 +38,10 @@ def configs() -> dict[str, Any]:
     yarn = dict(rope_type="yarn", rope_theta=10000.0, factor=40.0, beta_fast=32, beta_slow=1, mscale=1.0, mscale_all_dim=1.0,
                 original_max_position_embeddings=64)
     latent: dict[str, Any] = dict(q_lora_rank=48, kv_lora_rank=32, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=24)
+    odd = base | dict(vocab_size=VOCABULARY + 1)        # two tensor-parallel ranks pad it
     without = {k: v for k, v in base.items() if k != "head_dim"}
     return {
-        "qwen2": tf.Qwen2Config(**without), "qwen3": tf.Qwen3Config(**base), "qwen3_tied": tf.Qwen3Config(**base | dict(tie_word_embeddings=True)),
+        "qwen2": tf.Qwen2Config(**without), "qwen3": tf.Qwen3Config(**odd), "qwen3_tied": tf.Qwen3Config(**odd | dict(tie_word_embeddings=True)),
         "qwen3_five": tf.Qwen3Config(**base | dict(num_hidden_layers=5)),
         "llama": tf.LlamaConfig(**base | dict(max_position_embeddings=131072), rope_parameters=llama3),
         "qwen3_moe": tf.Qwen3MoeConfig(**base, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=48, norm_topk_prob=True),

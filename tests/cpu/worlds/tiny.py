@@ -54,17 +54,28 @@ def load_transformers(folder: Path) -> Any:
 
 def build_trainer(folder: Path, total_steps: int = 10, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     """A Trainer on the model in `folder`, in place of the one before. Its steps change nothing unless `lr` is given."""
-    from megatron.core import parallel_state
-
     from rlmono.trainer.trainer import Trainer
-    gc.collect()
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+    leave_layout()
     trainer = Trainer(make_config(folder, **options), dtype, total_steps)
     trainer.load_hf(folder)
     if trainer.needs_reference():
         trainer.load_hf(folder.parent / "other", trainer.add_reference())
     return trainer
+
+
+def leave_layout() -> None:
+    """Let go of the layout of the trainer before, so that another can be built. Collective.
+
+    Megatron forgets its groups, and their threads would go on: after a few dozen layouts the machine does little else.
+    """
+    from megatron.core import parallel_state
+    gc.collect()
+    if parallel_state.model_parallel_is_initialized():
+        groups = [g for g in parallel_state._global_process_group_list or () if isinstance(g, dist.ProcessGroup)]
+        parallel_state.destroy_model_parallel()
+        dist.barrier()
+        for group in groups:
+            dist.destroy_process_group(group)
 
 
 def make_config(folder: Path, **options: Any) -> Config:

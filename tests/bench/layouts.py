@@ -1,0 +1,72 @@
+"""Layouts and families on CPU: `python tests/bench/layouts.py [RANKS …]`. Writes docs/benchmarks/layouts.json and docs/benchmarks.md.
+
+By default on 2 and on 4 ranks; figures of other numbers of ranks are kept. The models are tiny: tokens a second say what a layout costs in calls and
+messages here, not what it does on GPUs. The machine should do nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+CASES = ("case_dense", "case_dense_tied", "case_uneven_stages", "case_experts", "case_shared_expert_and_sigmoid_router", "case_latent_attention")
+TARGETS = {"loss": "<= 1e-6", "log_probs": "<= 1e-5", "gradients": "<= 1e-5", "updates": "<= 1e-5"}
+TITLES = {"loss": "Loss: relative difference", "log_probs": "Logprobs: largest difference", "gradients": "Gradients: ‖Δ‖ / ‖g‖ of the worst tensor",
+          "updates": "An optimizer step: ‖Δ‖ / ‖step‖ of the worst tensor", "tokens_per_s": "Tokens a second and rank, trained"}
+REFERENCE = "one rank, fp32; the worst of per sample and per token, with full recompute and without"
+
+
+def main() -> int:
+    """0 when every figure has met its target."""
+    sys.path[:0] = [str(ROOT / "tests" / "bench"), str(ROOT / "tests" / "cpu")]
+    import figures
+    from torchrun import WORLDS, run_world
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("ranks", nargs="*", type=int, choices=(2, 4), default=(2, 4))
+    sizes = [1, *parser.parse_args().ranks]
+    found: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([sys.executable, str(WORLDS / "make_families.py"), folder], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        for ranks in sizes:
+            results = run_world(WORLDS / "layouts.py", ranks, folder, "all", "speed", timeout_s=3600)
+            for case in CASES:
+                results[case].check()
+                found += figures_of(results[case].values, ranks, figures.this_machine())
+    path = figures.FOLDER / "layouts.json"
+    kept = [f for f in (json.loads(path.read_text()) if path.exists() else []) if f["ranks"] not in sizes]
+    figures.write("layouts", sorted(kept + found, key=lambda f: (list(TITLES.values()).index(f["table"]), f["ranks"])))
+    for what in TARGETS:
+        worst = max((f for f in found if f["table"] == TITLES[what]), key=lambda f: f["value"])
+        print(f"{worst['name']}: {worst['value']:.1e}  {worst['target']}")
+    return 0 if all(map(figures.met, found)) else 1
+
+
+def figures_of(values: dict[str, dict[str, Any]], ranks: int, machine: str) -> list[dict[str, Any]]:
+    """A figure for each layout, family and quantity from {"family layout …": {quantity: value}}; of several ways the worst."""
+    ways: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for label, found in values.items():
+        family, layout, *_ = label.split()
+        ways.setdefault((family, layout), []).append(found)
+    out = []
+    for (family, layout), several in ways.items():
+        for what, title in TITLES.items():
+            numbers = [way[what] for way in several if way.get(what) is not None]
+            if not numbers:
+                continue
+            speed = what == "tokens_per_s"
+            out.append({"name": f"{title}, {family}, {layout} on {ranks} ranks", "table": title, "row": f"{layout} ({ranks})", "column": family,
+                        "value": max(numbers), "unit": "tokens/s" if speed else "", "target": TARGETS.get(what, ""),
+                        "reference": "208 tokens a step, 4 layers of 64" if speed else REFERENCE, "ranks": ranks,
+                        "command": "python tests/bench/layouts.py", "machine": machine})
+    return out
+
+
+if __name__ == "__main__":
+    sys.exit(main())
