@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import string
 from dataclasses import dataclass
@@ -62,12 +63,20 @@ def batch_arithmetic(config: Config, dp: int) -> BatchPlan:
         size = samples // steps
     elif samples % size:
         raise ConfigError([f"{product} don't divide into steps of global_batch_size {size}"])
-    share = dp if config.use_dynamic_batch_size else dp * config.micro_batch_size
+    factors = {"data-parallel ranks": dp, "micro_batch_size": 1 if config.use_dynamic_batch_size else config.micro_batch_size,
+               "stages of a virtual pipeline": packs_multiple(config)}
+    share = math.prod(factors.values())
     if size % share:
-        ranks = f"{dp} data-parallel ranks" + ("" if share == dp else f" x micro_batch_size {config.micro_batch_size}")
-        raise ConfigError([f"global_batch_size {size} does not divide among {ranks}: make it a multiple of {share} "
+        among = " x ".join([f"{dp} data-parallel ranks", *(f"{n} {v}" if n == "micro_batch_size" else f"{v} {n}"
+                                                           for n, v in list(factors.items())[1:] if v > 1)])
+        raise ConfigError([f"global_batch_size {size} does not divide among {among}: make it a multiple of {share} "
                            "(rollout_batch_size, n_samples_per_prompt, num_steps_per_rollout)"])
     return BatchPlan(config.rollout_batch_size, config.n_samples_per_prompt, samples, samples // size, size, dp, size // dp)
+
+
+def packs_multiple(config: Config) -> int:
+    """What the number of packs on a data-parallel rank must be a multiple of: Megatron's interleaved schedule goes round by the stages."""
+    return config.pipeline_model_parallel_size if (config.virtual_pipeline_model_parallel_size or 1) > 1 else 1
 
 
 def validated(config: Config, environ: Mapping[str, str]) -> Config:
@@ -169,6 +178,9 @@ def _shape(config: Config) -> Iterator[str]:
 def _pipeline(config: Config) -> Iterator[str]:
     layers, pp = config.model.get("num_layers"), config.pipeline_model_parallel_size
     ends = [n for n in (config.decoder_first_pipeline_num_layers, config.decoder_last_pipeline_num_layers) if n is not None]
+    virtual = config.virtual_pipeline_model_parallel_size or 1
+    if virtual > 1 and pp == 1:
+        yield f"virtual_pipeline_model_parallel_size {virtual} needs pipeline_model_parallel_size above 1"
     if not layers or pp == 1:
         if ends:
             yield "decoder_first_pipeline_num_layers and decoder_last_pipeline_num_layers need pipeline_model_parallel_size above 1"
@@ -177,6 +189,25 @@ def _pipeline(config: Config) -> Iterator[str]:
     if rest < stages or (stages and rest % stages) or (not stages and rest):
         yield (f"{layers} layers over pipeline_model_parallel_size {pp}: {rest} layers don't divide into {stages} equal stages; "
                "set --decoder-first-pipeline-num-layers or --decoder-last-pipeline-num-layers")
+    elif virtual > 1 and (odd := next((n for n in (*ends, rest // stages if stages else 0) if n % virtual), None)):
+        yield f"virtual_pipeline_model_parallel_size {virtual} does not divide the {odd} layers of a pipeline stage"
+
+
+def _experts(config: Config) -> Iterator[str]:
+    model, tp, ep = config.model, config.tensor_model_parallel_size, config.expert_model_parallel_size
+    experts, etp = model.get("num_moe_experts"), config.expert_tensor_parallel_size or tp
+    if not experts:
+        if model and ep > 1:
+            yield f"expert_model_parallel_size {ep}: the model has no experts; leave it out"
+        return
+    if experts % ep:
+        yield f"expert_model_parallel_size {ep} does not divide the model's {experts} experts"
+    if tp > 1 and not config.sequence_parallel:
+        yield f"tensor_model_parallel_size {tp} with experts needs --sequence-parallel"
+    for name, size, what in (("moe_ffn_hidden_size", etp, "expert_tensor_parallel_size"),
+                             ("moe_shared_expert_intermediate_size", tp, "tensor_model_parallel_size")):
+        if (model.get(name) or 0) % size:
+            yield f"{what} {size} does not divide the model's {name} {model[name]}"
 
 
 def _placement(config: Config) -> Iterator[str]:
@@ -451,7 +482,8 @@ def _file(path: str) -> Path:
     return Path(re.sub(r"@\[.*\]$", "", path))
 
 
-CHECKS: tuple[Callable[[Config], Iterator[str]], ...] = (_run, _data, _placement, _shape, _pipeline, _algorithm, _optimizer, _estimator, _teacher)
+CHECKS: tuple[Callable[[Config], Iterator[str]], ...] = (
+    _run, _data, _placement, _shape, _experts, _pipeline, _algorithm, _optimizer, _estimator, _teacher)
 
 
 def _derived(config: Config, plan: BatchPlan) -> Config:
@@ -464,6 +496,8 @@ def _derived(config: Config, plan: BatchPlan) -> Config:
         values |= dict(save=None, save_interval=None, load=None)
     if _saved(config) or config.loss_type == "sft":
         values |= dict(eval_prompt_data=None, eval_config=None, eval_interval=None)
+    if config.virtual_pipeline_model_parallel_size == 1:
+        values["virtual_pipeline_model_parallel_size"] = None
     changed = {name: "derived" for name, value in values.items() if value != getattr(config, name)}
     return dataclasses.replace(config, **values, origin={**config.origin, **changed}, notes=(*config.notes, *_remarks(config, plan)))
 

@@ -239,11 +239,7 @@ class ToHf(Job):
         if rank == 0:
             require_space(self.output, total)
             with Bar(f"writing {self.output}", total, True) as bar:
-<<<<<<< HEAD
-                save_hf(self.output, _told(buckets, bar, dtype), self.source, dtype)
-=======
-                save_hf(self.output, _checked(buckets, folder, bar, dtype), self.source, dtype, changed_values(str(self.source), self.config.model))
->>>>>>> 13e02ee (Checkpoints move between all layouts; overrides reach the engine and exports; model configs and docs/models.md; a bench of layouts)
+                save_hf(self.output, _told(buckets, bar, dtype), self.source, dtype, changed_values(str(self.source), self.config.model))
             print(f"{self.output}: {total / 2**30:.3g} GiB of {str(dtype).removeprefix('torch.')}")
         else:
             for _ in buckets:           # the export is collective

@@ -11,12 +11,7 @@ from typing import Any, Mapping, Optional
 import torch
 
 from rlmono.checkpoint import rng
-<<<<<<< HEAD
 from rlmono.config.hf import model_shape
-=======
-from rlmono.checkpoint.store import CheckpointStore, fail
-from rlmono.config.hf import changed_values, model_shape
->>>>>>> 13e02ee (Checkpoints move between all layouts; overrides reach the engine and exports; model configs and docs/models.md; a bench of layouts)
 from rlmono.config.schema import Config
 from rlmono.loop.world import RunPlan, Source, World
 from rlmono.world.channel import HostLink
@@ -122,47 +117,6 @@ def receive_batch(link: HostLink, config: Config, rollout_id: int) -> TrainBatch
     return message
 
 
-<<<<<<< HEAD
-=======
-class Saver:
-    """This rank's part of every checkpoint."""
-
-    def __init__(self, world: World, plan: RunPlan, link: HostLink, trainer: Any, engine: Any):
-        self.world, self.plan, self.link, self.trainer, self.engine = world, plan, link, trainer, engine
-        self.store = CheckpointStore(world.config, world.attempt) if world.config.save else None
-
-    def save_if_due(self, rollout_id: int) -> None:
-        """Write and report; the controller makes it visible when every rank has reported. Raises OSError that names the folder."""
-        if self.store is None or not self.store.due(rollout_id, self.plan.num_rollout):
-            return
-        folder = self.store.partial(rollout_id)
-        try:
-            if self.trainer is not None:
-                from rlmono.checkpoint import torch_dist
-                torch_dist.save(self.trainer, folder)
-            rng.save(folder, self.world.rank, self.engine.rng if self.engine else None, self.trainer is not None)
-        except (OSError, RuntimeError, CheckpointException) as e:
-            fail(folder, e)
-        self._export(rollout_id)
-        self.link.report("saved", rollout_id)
-
-    def _export(self, rollout_id: int) -> None:
-        """--save-hf: the weights as an HF folder, written by the first trainer."""
-        template = self.world.config.save_hf
-        if template is None or self.trainer is None:
-            return
-        from rlmono.weights.hf import save_hf
-        named = ((name, tensor) for bucket in self.trainer.export() for name, tensor in bucket)
-        if self.world.rank == self.world.grid.trainers[0]:
-            folder = Path(template.format(rollout_id=rollout_id))
-            source, config = str(self.world.config.hf_checkpoint), self.world.config
-            save_hf(folder, named, Path(source), getattr(torch, self.world.dtype), changed_values(source, config.model))
-        else:
-            for _ in named:             # the export is collective
-                pass
-
-
->>>>>>> 13e02ee (Checkpoints move between all layouts; overrides reach the engine and exports; model configs and docs/models.md; a bench of layouts)
 def ready(link: HostLink, plan: RunPlan, trainer: Optional[Any]) -> None:
     """Tell the controller that this rank is built."""
     link.report("ready", plan.start, dp_rank=trainer.data_parallel[0] if trainer is not None else None)

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from rlmono.checkpoint import rng
 from rlmono.checkpoint.store import CheckpointStore, fail
+from rlmono.config.hf import changed_values
 from rlmono.loop.world import RunPlan, World
 from rlmono.world.channel import HostLink
 from rlmono.world.messages import Failed
@@ -108,7 +109,8 @@ class Saver:
         named = ((name, tensor) for bucket in self.trainer.export() for name, tensor in bucket)
         if self.world.rank == self.world.grid.trainers[0]:
             folder = Path(template.format(rollout_id=rollout_id))
-            save_hf(folder, named, Path(self.world.config.hf_checkpoint or ""), getattr(torch, self.world.dtype))
+            source, config = str(self.world.config.hf_checkpoint), self.world.config
+            save_hf(folder, named, Path(source), getattr(torch, self.world.dtype), changed_values(source, config.model))
         else:
             for _ in named:             # the export is collective
                 pass

@@ -10,6 +10,7 @@ from itertools import accumulate
 from typing import Any, Sequence
 
 from rlmono.config.schema import Config
+from rlmono.config.validate import packs_multiple
 
 Packs = list[list[int]]
 """Packs of one data-parallel rank: lists of sample indices."""
@@ -35,14 +36,15 @@ def plan_rollout(lengths: Sequence[int], sizes: Sequence[int], config: Config, d
 
 def plan_step(indices: Sequence[int], lengths: Sequence[int], config: Config, data_parallel: int) -> list[Packs]:
     """One step: [data-parallel rank] -> packs."""
-    if len(indices) % data_parallel:
-        raise ValueError(f"a step of {len(indices)} samples does not divide over {data_parallel} data-parallel ranks")
+    if len(indices) % (data_parallel * packs_multiple(config)):
+        raise ValueError(f"a step of {len(indices)} samples does not divide over {data_parallel} data-parallel ranks"
+                         + (f" x {packs_multiple(config)} stages of a virtual pipeline" if packs_multiple(config) > 1 else ""))
     if config.use_dynamic_batch_size:
         assert config.max_tokens_per_gpu is not None
         packs = first_fit(indices, lengths, config.max_tokens_per_gpu * config.context_parallel_size)
-        packs = round_up(packs, data_parallel)
+        packs = round_up(packs, data_parallel * packs_multiple(config))
     else:
-        packs = _fixed(indices, config.micro_batch_size, data_parallel)
+        packs = _fixed(indices, config.micro_batch_size, data_parallel * packs_multiple(config))
     if not config.balance_data:
         return [packs[rank::data_parallel] for rank in range(data_parallel)]
     cost = [sum(flops(lengths[i], config.model) for i in pack) for pack in packs]
@@ -65,7 +67,7 @@ def first_fit(indices: Sequence[int], lengths: Sequence[int], room: int) -> Pack
 
 
 def round_up(packs: Packs, multiple: int) -> Packs:
-    """Split the packs with most samples until their number is a multiple."""
+    """Split the packs with most samples until their number is a multiple; the number of samples is one."""
     packs = list(packs)
     while len(packs) % multiple:
         at = max(range(len(packs)), key=lambda k: len(packs[k]))
@@ -74,10 +76,9 @@ def round_up(packs: Packs, multiple: int) -> Packs:
     return packs
 
 
-def _fixed(indices: Sequence[int], size: int, data_parallel: int) -> Packs:
-    if len(indices) % (size * data_parallel):
-        raise ValueError(f"a step of {len(indices)} samples does not divide into packs of --micro-batch-size {size} "
-                         f"on {data_parallel} data-parallel ranks")
+def _fixed(indices: Sequence[int], size: int, multiple: int) -> Packs:
+    if len(indices) % (size * multiple):
+        raise ValueError(f"a step of {len(indices)} samples does not divide into packs of --micro-batch-size {size} in multiples of {multiple}")
     return [list(indices[i:i + size]) for i in range(0, len(indices), size)]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from published import HUB, PUBLISHED
 
-from rlmono.config import names
+from rlmono.config import names, validate
 from rlmono.config.hf import changed_values
 from rlmono.config.option import ConfigError
 from rlmono.config.schema import Config
@@ -67,6 +67,14 @@ def test_recipes_fit_their_models(tmp_path: Path) -> None:
                         ("qwen3-4B", "--tensor-model-parallel-size 2")):
         read(tmp_path, name, *flags.split())
     assert any("61 layers over pipeline_model_parallel_size 4" in p for p in problems(tmp_path, "deepseek-r1", "--pipeline-model-parallel-size", "4"))
+
+
+def test_experts_are_dealt_evenly() -> None:
+    config = Config(model=shape_from_hf(PUBLISHED["qwen3-30B-A3B"]), tensor_model_parallel_size=4, expert_model_parallel_size=3,
+                    expert_tensor_parallel_size=5)
+    assert list(validate._experts(config)) == [
+        "expert_model_parallel_size 3 does not divide the model's 128 experts", "tensor_model_parallel_size 4 with experts needs --sequence-parallel",
+        "expert_tensor_parallel_size 5 does not divide the model's moe_ffn_hidden_size 768"]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -13,6 +13,7 @@ from rlmono.config.schema import Config
 from rlmono.rollout.schedule import balance, first_fit, flops, plan_rollout, round_up
 
 MODEL = dict(num_layers=2, hidden_size=64, ffn_hidden_size=128, num_attention_heads=4, num_query_groups=2, kv_channels=16, vocab_size=100)
+VIRTUAL: dict[str, int] = dict(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)
 LENGTHS = st.lists(st.integers(1, 120), min_size=1, max_size=40)
 
 
@@ -61,11 +62,23 @@ def test_context_parallel_ranks_share_a_pack() -> None:
 
 @pytest.mark.parametrize("sizes, ranks, config, message", [
     ([4, 3], 2, dynamic(10), "3 samples does not divide over 2 data-parallel ranks"),
-    ([6], 2, Config(micro_batch_size=2), "packs of --micro-batch-size 2 on 2"),
+    ([6], 2, Config(micro_batch_size=2), "packs of --micro-batch-size 2 in multiples of 2"),
+    ([6], 2, dynamic(10, **VIRTUAL), "6 samples does not divide over 2 data-parallel ranks x 2 stages of a virtual pipeline"),
+    ([12], 2, Config(micro_batch_size=2, **VIRTUAL), "packs of --micro-batch-size 2 in multiples of 4"),     # type: ignore[arg-type]
 ])
 def test_what_does_not_divide_is_refused(sizes: list[int], ranks: int, config: Config, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         plan_rollout([1] * sum(sizes), sizes, config, ranks)
+
+
+@given(samples=st.integers(1, 8), room=st.integers(1, 60), ranks=st.integers(1, 3), balanced=st.booleans())
+def test_a_virtual_pipeline_goes_round(samples: int, room: int, ranks: int, balanced: bool) -> None:
+    """Every rank has a multiple of the stages, and no pack is empty."""
+    config = dynamic(room, balance_data=balanced, **VIRTUAL)
+    lengths = [1 + (7 * i) % 40 for i in range(samples * 2 * ranks)]
+    step, = plan_rollout(lengths, [len(lengths)], config, ranks)
+    assert len({len(packs) for packs in step}) == 1 and len(step[0]) % 2 == 0 and all(pack for packs in step for pack in packs)
+    assert sorted(i for packs in step for pack in packs for i in pack) == list(range(len(lengths)))
 
 
 # ---------------------------------------------------------------- its parts
