@@ -75,7 +75,8 @@ def leave_layout() -> None:
         parallel_state.destroy_model_parallel()
         dist.barrier()
         for group in groups:
-            dist.destroy_process_group(group)
+            if group in dist.distributed_c10d._world.pg_map:        # it ends some itself
+                dist.destroy_process_group(group)
 
 
 def make_config(folder: Path, **options: Any) -> Config:
