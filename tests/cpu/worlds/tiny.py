@@ -64,19 +64,31 @@ def build_trainer(folder: Path, total_steps: int = 10, dtype: torch.dtype = torc
 
 
 def leave_layout() -> None:
-    """Let go of the layout of the trainer before, so that another can be built. Collective.
+    """Let go of the layout of the trainer before, so that another can be built; its groups are kept for layouts that want the same ones.
 
-    Megatron forgets its groups, and their threads would go on: after a few dozen layouts the machine does little else.
+    A process group's threads go on for as long as anything holds it, and Megatron's modules do: a few dozen layouts would have thousands of them.
     """
     from megatron.core import parallel_state
     gc.collect()
+    if not hasattr(parallel_state.create_group, "kept"):
+        parallel_state.create_group = _keeping(parallel_state.create_group)
     if parallel_state.model_parallel_is_initialized():
-        groups = [g for g in parallel_state._global_process_group_list or () if isinstance(g, dist.ProcessGroup)]
+        for name in [n for n in vars(parallel_state) if n.endswith("_GROUP_GLOO")]:
+            setattr(parallel_state, name, None)         # it would end these
         parallel_state.destroy_model_parallel()
-        dist.barrier()
-        for group in groups:
-            if group in dist.distributed_c10d._world.pg_map:        # it ends some itself
-                dist.destroy_process_group(group)
+
+
+def _keeping(create: Any) -> Any:
+    """Megatron's create_group, which makes a group of the same ranks for the same purpose once."""
+    kept: dict[Any, Any] = {}
+
+    def create_group(ranks: Any = None, *args: Any, group_desc: Any = None, **options: Any) -> Any:
+        key = (tuple(ranks), options.get("backend"), group_desc if len(ranks) > 1 else None)
+        if key not in kept:
+            kept[key] = create(ranks, *args, group_desc=group_desc, **options)
+        return kept[key]
+    create_group.kept = kept        # type: ignore[attr-defined]
+    return create_group
 
 
 def make_config(folder: Path, **options: Any) -> Config:
