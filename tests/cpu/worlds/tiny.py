@@ -54,8 +54,12 @@ def load_transformers(folder: Path) -> Any:
 
 def build_trainer(folder: Path, total_steps: int = 10, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     """A Trainer on the model in `folder`, in place of the one before. Its steps change nothing unless `lr` is given."""
+    from megatron.core import parallel_state
+
     from rlmono.trainer.trainer import Trainer
-    leave_layout()
+    gc.collect()
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
     trainer = Trainer(make_config(folder, **options), dtype, total_steps)
     trainer.load_hf(folder)
     if trainer.needs_reference():
