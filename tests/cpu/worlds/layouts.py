@@ -81,7 +81,7 @@ def case_latent_attention() -> dict[str, Any]:
 
 def case_other_ways_to_recompute() -> dict[str, Any]:
     """Full by blocks, and selective by its default and by name, on two ranks."""
-    if dist.get_world_size() != 2:
+    if dist.get_world_size() != 2 or not ALL:
         return {}
     parts = dict(recompute_granularity="selective")
     out = {}
@@ -97,7 +97,7 @@ def case_other_ways_to_recompute() -> dict[str, Any]:
 
 def case_checkpoint_moves() -> dict[str, Any]:
     """From expert to tensor parallel ranks; every other pair is worlds/checkpoints.py's."""
-    if dist.get_world_size() != 2:
+    if dist.get_world_size() != 2 or not ALL:
         return {}
     store = [tempfile.mkdtemp()]
     dist.broadcast_object_list(store)
@@ -252,7 +252,7 @@ def speed(trainer: Any, batch: Any) -> float:
 def build(name: str, where: dict[str, Any], per_token: bool = False, dtype: torch.dtype = torch.float32, changed: dict[str, Any] | None = None,
           **options: Any) -> Any:
     from rlmono.trainer.trainer import Trainer
-    tiny.leave_layout()
+    tiny.leave_layout(keep=ALL or "checkpoints" in sys.argv[0])
     shape = shape_from_hf(json.loads((FOLDER / name / "config.json").read_text())) | (changed or {})
     # A large eps: otherwise Adam makes whole steps of gradients that are only rounding; a large lr: updates are differences of weights near 1.
     values = dict(lr=0.3, adam_eps=1e-3, weight_decay=0.0) | options
