@@ -45,3 +45,9 @@ def changed_values(path: str, model: Mapping[str, Any]) -> dict[str, Any]:
     """What of the folder's config.json the shape `model` changes, as config.json would say it; {} without overrides."""
     from rlmono.models.registry import changed_values as changed
     return changed(read_hf_config(path), model)
+
+
+def shape_with(path: str, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The shape if config.json said `changes` too. Raises ValueError and TypeError for what it can't say."""
+    from rlmono.models.registry import shape_from_hf
+    return shape_from_hf({**read_hf_config(path), **changes})

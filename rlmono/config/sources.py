@@ -11,7 +11,7 @@ import re
 from typing import Any, Callable, Mapping, Sequence
 
 from rlmono.config import names, validate
-from rlmono.config.hf import model_shape, read_hf_config
+from rlmono.config.hf import model_shape, shape_with
 from rlmono.config.kinds import parse
 from rlmono.config.names import Target, UnknownName
 from rlmono.config.option import ConfigError, options
@@ -146,15 +146,14 @@ def _engine_alone(found: Found, path: str) -> list[str]:
     text = found.values["sglang"].get("json_model_override_args")
     if not text:
         return []
-    from rlmono.models.registry import shape_from_hf
-    hf, source = read_hf_config(path), found.origin["sglang.json_model_override_args"]
+    source = found.origin["sglang.json_model_override_args"]
     try:
-        changed = shape_from_hf({**hf, **json.loads(text)})
+        said, changed = shape_with(path, {}), shape_with(path, json.loads(text))
     except (ValueError, TypeError) as error:
         return [f"{source}: {error}"]
     return [f"{source}: it changes the engine's {k} to {v}, and not the trainer's; "
             + (f"use --{k.replace('_', '-')} {v} for both" if k in names.FREE_SHAPE else "leave it out")
-            for k, v in changed.items() if v != shape_from_hf(hf).get(k)]
+            for k, v in changed.items() if v != said.get(k)]
 
 
 def _same(given: Any, said: Any) -> bool:

@@ -385,7 +385,8 @@ FORBIDDEN = {"rollout": (TORCH_DISTRIBUTED, SGLANG, MEGATRON), "agents": (TORCH_
 ORDER = (("loop", "convert"), ("agents",), ("rollout", "trainer", "engine", "weights", "memory", "checkpoint"),
          ("models", "data", "world", "observe", "rewards"), ("config",))
 """Arrows point down, or to a room of the same row."""
-UPWARD = {"config/hf.py: rlmono.models.registry.shape_from_hf", "config/show.py: rlmono.world.roles.RankGrid"}
+UPWARD = {"config/hf.py: rlmono.models.registry.shape_from_hf", "config/hf.py: rlmono.models.registry.changed_values",
+          "config/show.py: rlmono.world.roles.RankGrid"}
 """Except these, inside functions: a shape comes from the family that knows the model, and a dry run shows the grid."""
 
 
