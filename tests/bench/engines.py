@@ -7,6 +7,7 @@ its first two logprobs would be it has the times when its request came and when 
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 import time
@@ -30,8 +31,8 @@ def main(address: str, engines: int, tokens: int, rate: float, delay_s: float) -
         poller.register(link.socket, zmq.POLLIN)
         link.report("ready", 0)
     waiting: deque[tuple[float, HostLink, Generate]] = deque()
-    credit, stepped = 0.0, time.monotonic()
-    while True:
+    credit, stepped, parent = 0.0, time.monotonic(), os.getppid()
+    while os.getppid() == parent:       # else the bench was killed
         poller.poll(1 if waiting else 100)
         for link in links:
             while (message := link.receive_now()) is not None:
