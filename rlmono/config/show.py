@@ -14,9 +14,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from rlmono.config.batches import batch_arithmetic
 from rlmono.config.option import options
 from rlmono.config.schema import SECTIONS, Config
-from rlmono.config.validate import batch_arithmetic, unsupported
+from rlmono.config.validate import unsupported
 
 ROOMS = {"model": "Model shape", "sglang": "To SGLang", "megatron": "To Megatron"}
 

@@ -9,8 +9,8 @@ import heapq
 from itertools import accumulate
 from typing import Any, Sequence
 
+from rlmono.config.batches import packs_multiple
 from rlmono.config.schema import Config
-from rlmono.config.validate import packs_multiple
 
 Packs = list[list[int]]
 """Packs of one data-parallel rank: lists of sample indices."""

@@ -14,12 +14,13 @@ import pytest
 import seeds
 
 from rlmono.config import docs, foreign
+from rlmono.config.batches import batch_arithmetic
 from rlmono.config.kinds import kind_of, parse
 from rlmono.config.option import ConfigError, options
 from rlmono.config.schema import SECTIONS, Config
 from rlmono.config.show import dry_run, show_config
 from rlmono.config.sources import eval_sets, resolve
-from rlmono.config.validate import batch_arithmetic, on_device, unsupported
+from rlmono.config.validate import on_device, unsupported
 from rlmono.models import registry
 
 RECIPES = Path(__file__).parents[2] / "configs" / "recipes"
