@@ -35,6 +35,8 @@ CODE = re.compile(r"<python>((?:(?!<python>).)*?)</python>", re.DOTALL)
 SANDBOX = Path(__file__).with_name("sandbox.py")
 AT_ONCE = max(2, (os.cpu_count() or 2) // 2)
 """Processes on one host."""
+KILLED_S = 10.0
+"""To be gone after a kill."""
 LAYERS = ("limits", "capabilities", "files", "calls")
 _warned: set[str] = set()
 _rooms: dict[asyncio.AbstractEventLoop, asyncio.Semaphore] = {}
@@ -110,7 +112,7 @@ async def _run(code: str, limits: Limits, folder: str) -> Result:
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            await process.wait()
+            await _ended(process)
         os.set_blocking(status, False)
         with contextlib.suppress(BlockingIOError, ValueError):
             return Result(_shown(output, outcome, limits), outcome, json.loads(os.read(status, 4096)))
@@ -119,6 +121,17 @@ async def _run(code: str, limits: Limits, folder: str) -> Result:
         os.close(status)
         if theirs >= 0:
             os.close(theirs)
+
+
+async def _ended(process: asyncio.subprocess.Process) -> None:
+    """Wait for a process that was killed. asyncio says that it has ended only when its output has been read to the end; a process of its own making,
+    where the sandbox has no layer against those, may hold the output open: it is left to itself then."""
+    assert process.stdout is not None
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(KILLED_S):
+            while await process.stdout.read(2**16):
+                pass
+            await process.wait()
 
 
 async def _talk(process: asyncio.subprocess.Process, code: str, most: int) -> tuple[bytes, bool]:
