@@ -10,6 +10,7 @@ sharded over ranks, loadable on another layout.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from pathlib import Path
@@ -150,7 +151,6 @@ def _apart(tensor: torch.Tensor, live: frozenset[int]) -> torch.Tensor:
 def load(learner: Learner, folder: Path, with_optimizer: bool, part: str = ACTOR) -> None:
     """Read what `save` wrote, on any layout. Collective over trainers. Raises CheckpointError for a tensor that is missing, extra, of another shape,
     or not finite."""
-    _install()
     state = _state(learner, loading=True)
     if not with_optimizer:
         state = {_key(i): state[_key(i)] for i in range(len(learner.chunks))}
@@ -258,6 +258,7 @@ def _metadata() -> dict[str, Any]:
 def _state(learner: Learner, loading: bool) -> dict[str, Any]:
     """What is saved. Optimizer states are named by their parameter in the whole model, and not by the optimizer that has
     them here: Megatron keeps experts in one of their own, but only under expert parallelism."""
+    _install()
     models = _chunks(learner.chunks)
     optimizer = {i: o.sharded_param_state_fully_reshardable(models, loading, _metadata()) for i, o in enumerate(learner.optimizers)}
     steps = next((int(s["step"]) for o in learner.optimizers for s in o.optimizer.state.values()), 0)
@@ -267,7 +268,35 @@ def _state(learner: Learner, loading: bool) -> dict[str, Any]:
 def _install() -> None:
     """The overrides, each with its reason."""
     filesystem_async._get_write_results_queue = lambda *_: None         # else a manager process, an orphan after a kill
-    distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states = _set_states
+    optimizer = distrib_optimizer.DistributedOptimizer
+    optimizer._set_main_param_and_optimizer_states = _set_states
+    if not hasattr(optimizer.get_parameter_state_dp_zero, "__wrapped__"):
+        optimizer.get_parameter_state_dp_zero = _with_padding(optimizer.get_parameter_state_dp_zero)
+
+
+def _with_padding(original: Any) -> Any:
+    """Megatron joins a buffer's buckets without the padding between them, and then looks for each parameter where it is with the padding: of a
+    buffer with several buckets (a tied embedding has one of its own on the last stage) it would save other numbers."""
+    @functools.wraps(original)
+    def get(self: Any, *args: Any, **options: Any) -> Any:
+        state = original(self, *args, **options)
+        for i, buffer in enumerate(self.buffers if state else ()):
+            for tensors in state[i].values():
+                for key in ("param", "exp_avg", "exp_avg_sq"):
+                    if key in tensors:
+                        tensors[key] = _padded(tensors[key], buffer.buckets)
+        return state
+    return get
+
+
+def _padded(flat: torch.Tensor, buckets: list[Any]) -> torch.Tensor:
+    """[sum of the buckets' own numbers] -> [up to the end of the last], each bucket at its offset in the buffer."""
+    if all(bucket.offset == sum(b.numel_unpadded for b in buckets[:i]) for i, bucket in enumerate(buckets)):
+        return flat
+    out = flat.new_zeros(buckets[-1].offset + buckets[-1].numel_unpadded)
+    for bucket, part in zip(buckets, flat.split([b.numel_unpadded for b in buckets]), strict=True):
+        out[bucket.offset:bucket.offset + bucket.numel_unpadded] = part
+    return out
 
 
 def _set_states(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
