@@ -18,9 +18,8 @@ import torch
 import torch.distributed as dist
 
 from rlmono.config.schema import Config
-from rlmono.engine import compat
+from rlmono.engine import compat, loadplan
 from rlmono.engine.invariant import BatchInvariant
-from rlmono.engine.loadplan import LoadPlan
 from rlmono.engine.rng import EngineRng
 from rlmono.world.channel import HEARTBEAT_S, HostLink
 from rlmono.world.messages import Abort, EndPhase, Generate, Heartbeat, Output, Outputs
@@ -51,7 +50,7 @@ class Engine:
         make_groups(engines, self.args, local_rank, "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
         stops = bool(config.rollout_stop or config.custom_generate_function_path or config.eval_config)
         self.scheduler = self._build_scheduler(local_rank, stops)
-        self._plan = LoadPlan(self._model())
+        self._plan = loadplan.LoadPlan(self._model())
         self._copies = compat.copies_of_weights(self._model())
         if config.deterministic and device == "cpu":
             # On CPU its constructor refuses torch_native, and its batch-invariant kernels are for GPUs; torch's CPU
@@ -88,6 +87,15 @@ class Engine:
         """Copy full tensors with HF names into this rank's parameters; SGLang cuts its own shard, and from the second time on its cuts are
         replayed (loadplan.py). The engine must be idle."""
         self._plan.load(list(named_tensors), self._model().load_weights)
+
+    def places(self) -> Any:
+        """After an update: where this rank's parameters hold which part of which HF tensor (LoadPlan.places); None where that is not known."""
+        return self._plan.places()
+
+    @torch.inference_mode()
+    def fill(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Copy parts to places of `places`. The engine must be idle."""
+        loadplan.copy(pairs)
 
     def _model(self) -> Any:
         return self.scheduler.tp_worker.model_runner.model

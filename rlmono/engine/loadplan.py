@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 log = logging.getLogger(__name__)
 
 Named = Sequence[tuple[str, torch.Tensor]]
+Place = tuple[tuple[tuple[int, int], ...], torch.Tensor]
 SMALL = 2**20
 """Copies of fewer bytes are put together in a few kernels; a larger one is worth its own launch."""
 
@@ -55,7 +56,7 @@ class LoadPlan:
             return
         known = [(self._entries[n], t) for n, t in named if (e := self._entries.get(n)) and e.shape == t.shape and e.dtype == t.dtype]
         if len(known) == len(named):
-            _copy([pair for entry, t in known for pair in _pairs(entry, t)])
+            copy([pair for entry, t in known for pair in _pairs(entry, t)])
             return
         self._sealed = False
         with _Recorder(self, named) as recorder:
@@ -80,6 +81,19 @@ class LoadPlan:
         if missing:
             self._give_up(f"no copy was seen into a part of {missing[0]}")
 
+    def places(self) -> Optional[dict[str, tuple[torch.Size, list[Place]]]]:
+        """HF name -> (shape of the tensor, [(range in each dimension, the place that it goes to)]); None where there is no plan, or a part is no
+        such block of its tensor."""
+        if self.why_not or not self._sealed or self._addresses() != self._pointers:
+            return None
+        out = {}
+        for name, e in self._entries.items():
+            blocks = [(_block(e.shape, part), place) for place, part in e.copies]
+            if any(block is None or tuple(b - a for a, b in block) != place.shape for block, place in blocks):
+                return None
+            out[name] = e.shape, blocks
+        return out      # type: ignore[return-value]    # mypy does not see that no block is None
+
     def _give_up(self, why: str) -> None:
         self.why_not, self._entries, self._filled = why, {}, []
         log.info("weights are loaded the long way: %s", why)
@@ -92,12 +106,27 @@ class LoadPlan:
         return {p.untyped_storage().data_ptr(): name for name, p in self.model.named_parameters()}
 
 
+def _block(shape: torch.Size, part: Optional[tuple[tuple[int, ...], tuple[int, ...], int]]) -> Optional[tuple[tuple[int, int], ...]]:
+    """The ranges of a contiguous tensor of this shape that a part (size, stride, offset) of it covers; None where it is no block."""
+    if part is None:
+        return tuple((0, n) for n in shape)
+    (size, stride, offset), strides = part, torch.empty(shape, device="meta").stride()
+    if len(size) != len(shape) or any(s != own and n > 1 for s, own, n in zip(stride, strides, size, strict=True)):
+        return None
+    starts = []
+    for own in strides:
+        first, offset = divmod(offset, own)
+        starts.append(first)
+    return tuple((first, first + n) for first, n in zip(starts, size, strict=True))
+
+
 def _pairs(entry: _Entry, t: torch.Tensor) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
     for place, part in entry.copies:
         yield place, t if part is None else t.as_strided(part[0], part[1], t.storage_offset() + part[2])
 
 
-def _copy(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+def copy(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """(place, part) pairs of one shape."""
     together: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
     for place, part in pairs:
         if part.nbytes < SMALL and place.is_contiguous() and part.is_contiguous() and place.dtype == part.dtype:

@@ -34,6 +34,11 @@ class Tensor:
         """The full Megatron tensor -> full HF tensors, views where that is possible."""
         return [full]
 
+    def hf_views(self, held: torch.Tensor) -> list[torch.Tensor]:
+        """A Megatron tensor, or a rank's shard, as views: each, flattened, holds what is here of one HF tensor. Rows may be in groups, as
+        [groups, rows of a group, …]."""
+        return self.to_hf(held)
+
     def part(self, shape: Sequence[int], rank: int, size: int) -> tuple[slice, ...]:
         """Where in an HF tensor of this shape is what tensor-parallel rank `rank` of `size` holds; () is all of it.
 
@@ -90,9 +95,12 @@ class QkvRows(Rows):
         return torch.cat([p.reshape(groups, -1, *tail) for p in parts], 1).reshape(-1, *tail)
 
     def to_hf(self, full: torch.Tensor) -> list[torch.Tensor]:
-        tail, q = full.shape[1:], self.queries * self.dim
-        grouped = full.reshape(self.groups, -1, *tail)
-        return [x.reshape(-1, *tail) for x in (grouped[:, :q], grouped[:, q:q + self.dim], grouped[:, q + self.dim:])]
+        return [x.reshape(-1, *full.shape[1:]) for x in self.hf_views(full)]
+
+    def hf_views(self, held: torch.Tensor) -> list[torch.Tensor]:
+        q = self.queries * self.dim
+        grouped = held.view(-1, q + 2 * self.dim, *held.shape[1:])
+        return [grouped[:, :q], grouped[:, q:q + self.dim], grouped[:, q + self.dim:]]
 
 
 class GatedRows(Tensor):

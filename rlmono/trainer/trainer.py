@@ -24,6 +24,7 @@ from rlmono.trainer.logprobs import logprobs_and_entropy
 from rlmono.trainer.losses import token_weights
 from rlmono.trainer.objective import Parts, policy_objective
 from rlmono.trainer.packs import Pack, make_pack
+from rlmono.weights.direct import Sources
 from rlmono.weights.export import About, Named, describe, export
 from rlmono.weights.hf import load_hf
 from rlmono.world.messages import TrainBatch
@@ -103,6 +104,13 @@ class Trainer(Learner):
         held = held_tensors(self.chunks)
         self._about = self._about or describe(held, self._tensors, self._layout)
         return export(held, self._tensors, self._layout, self.config.model["vocab_size"], about=self._about)
+
+    def sources(self) -> Optional[Sources]:
+        """Where the actor's weights lie, for an update without HF tensors; None where layers or experts are dealt over ranks."""
+        self._layout = layout = self._layout or Layout.current()
+        if layout.pp.size() > 1 or layout.ep.size() > 1:
+            return None
+        return Sources(held_tensors(self.chunks), self._tensors, lambda t: layout.expert_tp if t.expert else layout.tp)
 
     # ------------------------------------------------------------ memory
 

@@ -229,6 +229,9 @@ class Folder:
             bucket += [(name, self._as_trained(name, read(self.index, self.folder, name))) for name in layer]
         yield bucket
 
+    def sources(self) -> None:
+        """Files are read once."""
+
     def _as_trained(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         kept = tensor.dtype == fp8.FP8 or not tensor.is_floating_point() or name.endswith((*FLOAT32, *fp8.SCALE_SUFFIXES))
         return tensor if kept else tensor.to(self.dtype)

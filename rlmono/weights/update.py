@@ -1,6 +1,6 @@
 """Trainer to engine: colocated in the same process, or broadcast across pools. No file, no IPC.
 
-    Colocated(trainer, engine).update(version)      each rank gathers full tensors and its engine takes its own cut
+    Colocated(trainer, engine).update(version)      each rank's engine takes its own cut: at first of full tensors, then directly (direct.py)
     Sender(trainer, …).update(version)              disaggregated, trainers: the first one broadcasts buckets
     Receiver(engine, …).update(version)             disaggregated, engines
 """
@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from rlmono.weights import fp8
+from rlmono.weights.direct import Direct, Pair, Places, Sources, plan
 from rlmono.weights.export import Named
 from rlmono.world.groups import broadcast, cross_pool_group
 from rlmono.world.store import store_get
@@ -25,6 +26,7 @@ class Exporter(Protocol):
     """What an update asks of the trainer."""
 
     def export(self) -> Iterator[Named]: ...
+    def sources(self) -> Optional[Sources]: ...
 
 
 class Quantised:
@@ -40,6 +42,9 @@ class Quantised:
         for bucket in self._trainer.export():
             yield fp8.exported(bucket, self._left_out, self._block)
 
+    def sources(self) -> None:
+        """What engines take is nowhere before it is quantised."""
+
 
 def as_engines_take_it(trainer: Exporter, shape: Mapping[str, Any]) -> Exporter:
     """The trainer, or what quantises its export where the engines' folder says so."""
@@ -51,27 +56,38 @@ class Loader(Protocol):
     """What an update asks of the engine."""
 
     def load_weights(self, named_tensors: Named) -> None: ...
+    def places(self) -> Optional[Places]: ...
+    def fill(self, pairs: Sequence[Pair]) -> None: ...
     def finish_update(self, version: int) -> None: ...
     def compare_weights(self, buckets: Iterator[Named]) -> list[str]: ...
 
 
 class Colocated:
-    """Trainer and engine in one process."""
+    """Trainer and engine in one process. The first update goes through HF tensors; from what the engine did with them the others are planned."""
 
     def __init__(self, trainer: Exporter, engine: Loader, check: bool):
         self.trainer, self.engine, self.check = trainer, engine, check
+        self.direct: Optional[Direct] = None
+        self._planned = False
 
     def update(self, version: int) -> float:
         """Collective over all device ranks; afterwards the engine samples with, and marks, `version`. Returns the seconds that it took."""
         started = time.perf_counter()
-        for bucket in self.trainer.export():
-            self.engine.load_weights(bucket)
+        if self.direct is None:
+            for bucket in self.trainer.export():
+                self.engine.load_weights(bucket)
+        else:
+            if not self.direct.holds:
+                raise RuntimeError("a parameter of the trainer has been replaced since the first update: its copies would come from the old one")
+            self.direct.update(self.engine.fill)
         self.engine.finish_update(version)
         if torch.cuda.is_available():
             torch.cuda.synchronize()    # else the copies would be somebody else's time
         took = time.perf_counter() - started
         if self.check:
             _refuse(self.engine.compare_weights(self.trainer.export()), version)
+        if not self._planned:
+            self.direct, self._planned = plan(self.trainer.sources(), self.engine.places()), True
         return took
 
 
