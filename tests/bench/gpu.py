@@ -7,6 +7,8 @@
     cycle      generate, train and update as a colocated rank does, by policy: the share that neither generates nor trains
     rollout    the engine in a rank against a standalone sglang.Engine: five interleaved pairs
     run        `rlmono train` as a user starts it: launch to first token, and the same share out of its metrics
+    fp8        rollouts in fp8 against bf16: tokens a second of an 8B shape, logprobs against the trainer's
+    cpu_adam   the section train again, with Adam's states in host memory
     peer       TRL's GRPOTrainer over a sweep of settings, where TRL is installed
 
 Sections that share models share processes (`gpu_rig.py` under torchrun, `--ranks` of them). Each has a budget; one that fails or runs
@@ -31,14 +33,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 BENCH = ROOT / "tests" / "bench"
 RIG = ("ceilings", "train", "update", "swap", "cycle")
-SECTIONS = (*RIG, "rollout", "run", "peer")
-SHARES = {"rig": 0.5, "rollout": 0.24, "run": 0.26, "peer": 0.5}
+SECTIONS = (*RIG, "cpu_adam", "rollout", "run", "fp8", "peer")
+SHARES = {"rig": 0.5, "cpu_adam": 0.2, "rollout": 0.24, "run": 0.26, "fp8": 0.4, "peer": 0.5}
 """Of the budget, at most, for each process."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", default=",".join(s for s in SECTIONS if s != "peer"), help="sections, comma-separated")
+    parser.add_argument("--only", default=",".join(s for s in SECTIONS if s not in ("cpu_adam", "fp8", "peer")), help="sections, comma-separated")
     parser.add_argument("--budget-s", type=float, default=480.0)
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--shape", default=None, help="a name of random_model.py; default qwen3-4b on a GPU, tiny without")
@@ -59,11 +61,14 @@ def main() -> int:
     tokens = a.tokens or (512 if gpu else 8)
     end, work = time.monotonic() + a.budget_s, Path(tempfile.mkdtemp(prefix="gpu-bench-work-"))
     made = work / "made"
-    call("model", [sys.executable, str(BENCH / "random_model.py"), shape, str(made)], out, 120)
+    if set(wanted) - {"fp8"}:
+        call("model", [sys.executable, str(BENCH / "random_model.py"), shape, str(made)], out, 120)
     of_rig = [s for s in wanted if s in RIG]
     jobs: list[tuple[str, list[str]]] = [("+".join(of_rig), rig(a, of_rig, made, out, tokens))] if of_rig else []
-    jobs += [(s, rig(a, [s], made, out, tokens) if s == "rollout" else [sys.executable, str(BENCH / "gpu_peer.py"), str(made), str(out), str(tokens)]
-              if s == "peer" else user_run(made, work, tokens, gpu, a)) for s in wanted if s not in RIG]
+    others = {"cpu_adam": rig(a, ["cpu_adam"], made, out, tokens), "rollout": rig(a, ["rollout"], made, out, tokens),
+              "run": user_run(made, work, tokens, gpu, a), "fp8": [sys.executable, str(BENCH / "gpu_fp8.py"), str(out), str(work)],
+              "peer": [sys.executable, str(BENCH / "gpu_peer.py"), str(made), str(out), str(tokens)]}
+    jobs += [(s, others[s]) for s in wanted if s not in RIG]
     weights = [SHARES.get(name, SHARES["rig"]) for name, _ in jobs]
     for i, (name, command) in enumerate(jobs):
         limit = (end - time.monotonic()) * weights[i] / sum(weights[i:])
@@ -83,15 +88,15 @@ def rig(a: argparse.Namespace, sections: list[str], made: Path, out: Path, token
 
 
 def user_run(made: Path, work: Path, tokens: int, gpu: bool, a: argparse.Namespace) -> list[str]:
-    """Two rollouts, policy auto."""
+    """Three rollouts, policy auto, with a profile."""
     prompts, samples, pack = ("32", "8", "8192") if gpu else ("2", "2", "512")
     more = ["--sglang-mem-fraction-static", "0.7", "--sglang-cuda-graph-max-bs-decode", "256", "--recompute-granularity", "auto"] if gpu else []
     return [*torchrun(a.ranks + 1), "-m", "rlmono", "train", "--run-dir", str(work / "run"), "--progress", "plain",
             "--hf-checkpoint", str(made / "model"), "--prompt-data", str(made / "prompts.jsonl"), "--input-key", "messages",
-            "--label-key", "label", "--apply-chat-template", "--custom-rm-path", "rlmono.quickstart.reward", "--num-rollout", "2",
+            "--label-key", "label", "--apply-chat-template", "--custom-rm-path", "rlmono.quickstart.reward", "--num-rollout", "3",
             "--rollout-batch-size", prompts, "--n-samples-per-prompt", samples, "--rollout-max-response-len", str(tokens),
             "--use-dynamic-batch-size", "--max-tokens-per-gpu", pack, "--colocate", "--lr", "1e-6", "--tensor-model-parallel-size", str(a.tp),
-            "--rollout-num-gpus-per-engine", str(a.engine_tp), *more]
+            "--rollout-num-gpus-per-engine", str(a.engine_tp), "--profile", *more]
 
 
 def call(name: str, command: list[str], out: Path, limit_s: float, more: dict[str, str] | None = None) -> int:

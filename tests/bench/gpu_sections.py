@@ -45,18 +45,24 @@ def median(rig: Rig, work: Callable[[], Any], times: int) -> float:
 
 # ---------------------------------------------------------------- train
 
+SIZE = {True: (8192, 8), False: (256, 2)}
+"""Tokens of a pack and packs of a step, on a GPU and in a rehearsal."""
+
+
+def packs(rig: Rig) -> tuple[Any, int]:
+    """(a batch of one step, its tokens): packs of eight sequences for each data-parallel rank."""
+    pack, number = SIZE[rig.gpu]
+    length, vocabulary = pack // 8, rig.config().model["vocab_size"]
+    draw = rig.torch.Generator().manual_seed(0)
+    texts = [rig.torch.randint(3, vocabulary, (length,), generator=draw).tolist() for _ in range(8 * number * rig.trainer.data_parallel[1])]
+    return rig.batch([(text, length - 1, [-1.0] * (length - 1)) for text in texts]), sum(map(len, texts))
+
+
 def train(rig: Rig) -> None:
     """Steps of 8 packs a data-parallel rank, eight sequences each; without recompute, and with where that runs out of memory."""
-    pack, packs = (8192, 8) if rig.gpu else (256, 2)
-    length, trainer = pack // 8, rig.trainer
-    size = trainer.data_parallel[1]
-    vocabulary = rig.config().model["vocab_size"]
-    draw = rig.torch.Generator().manual_seed(0)
-    texts = [rig.torch.randint(3, vocabulary, (length,), generator=draw).tolist() for _ in range(8 * packs * size)]
-    sequences = [(text, length - 1, [-1.0] * (length - 1)) for text in texts]
-    batch = rig.batch(sequences)
-    tokens = sum(len(t) for t, _, _ in sequences)
-    m = rig.config().model
+    trainer, (batch, tokens), m = rig.trainer, packs(rig), rig.config().model
+    pack, number = SIZE[rig.gpu]
+    length = pack // 8
     parameters = sum(p.numel() for c in trainer.chunks for p in c.parameters()) * rig.a.tp
     flops = tokens * (6 * parameters + 6 * m["num_layers"] * m["num_attention_heads"] * m["kv_channels"] * length)
     for recompute in ("none", "full"):
@@ -78,7 +84,7 @@ def train(rig: Rig) -> None:
         peak = f", peak {rig.torch.cuda.max_memory_allocated() / GIB:.1f} GiB" if rig.gpu else ""
         share = rate / rig.ceiling["flops"] if "flops" in rig.ceiling else float("nan")
         rig.figure(f"train, recompute {recompute}: share of the matrix product's FLOP/s", share, "", ">= 0.60" if recompute == "none" else "",
-                   f"a step of {packs} packs of {pack} tokens, whole step with the optimizer",
+                   f"a step of {number} packs of {pack} tokens, whole step with the optimizer",
                    f"{rate / 1e12:.0f} TFLOP/s, {tokens / best:.0f} tokens/s, times {[round(t, 2) for t in times]}{peak}")
         rig.write("train")
         if recompute == "none" and rig.gpu:
@@ -98,6 +104,20 @@ def profile(rig: Rig, work: Callable[[], Any]) -> None:
         rig.sync()
     if rig.rank == 0:
         (rig.a.out / "train_kernels.txt").write_text(p.key_averages().table(sort_by="cuda_time_total", row_limit=40, max_name_column_width=90))
+
+
+def cpu_adam(rig: Rig) -> None:
+    """Steps of the same packs, with Adam's states and fp32 weights in host memory; a process of its own, whose trainer is built so."""
+    trainer, (batch, tokens) = rig.trainer, packs(rig)
+    if rig.gpu:
+        rig.torch.cuda.reset_peak_memory_stats()
+    times = [rig.timed(lambda: trainer.train(batch)) for _ in range(3)]
+    parameters = sum(p.numel() for c in trainer.chunks for p in c.parameters())
+    held = sum(t.nbytes for tensors in trainer.tagged().values() for t in tensors if t.is_cuda)
+    peak = f", peak {rig.torch.cuda.max_memory_allocated() / GIB:.1f} GiB" if rig.gpu else ""
+    rig.figure("train, Adam in host memory: a step", min(times[1:]), "s", "", f"{tokens} tokens, {parameters / 1e9:.2f}e9 parameters",
+               f"{tokens / min(times[1:]):.0f} tokens/s, times {[round(t, 2) for t in times]}{peak}, of which weights, gradients and states "
+               f"{held / GIB:.1f} GiB")
 
 
 # ---------------------------------------------------------------- update
@@ -305,4 +325,4 @@ def standalone(rig: Rig, engine: Any, fraction: float) -> Callable[[list[list[in
     return run
 
 
-SECTIONS: dict[str, Callable[[Rig], None]] = {f.__name__: f for f in (ceilings, train, update, swap, cycle, rollout)}
+SECTIONS: dict[str, Callable[[Rig], None]] = {f.__name__: f for f in (ceilings, train, cpu_adam, update, swap, cycle, rollout)}

@@ -1,6 +1,6 @@
 """A checkpoint with random weights, the quickstart's tokenizer and a prompt file: `python tests/bench/random_model.py NAME DIR`.
 
-NAME is a real shape (qwen3-4b, qwen3-1.7b, qwen3-0.6b) for measurements, or a small model of another family (moe, glm, deepseek) to
+NAME is a real shape (qwen3-8b, qwen3-4b, qwen3-1.7b, qwen3-0.6b) for measurements, or a small model of another family (moe, glm, deepseek) to
 compare trainer and engine. It generates noise, at the speed of the real model.
 """
 
@@ -27,6 +27,8 @@ SMALL = dict(hidden_size=512, intermediate_size=1024, num_hidden_layers=3, num_a
 EXPERTS = dict(n_routed_experts=24, num_experts_per_tok=4, moe_intermediate_size=256, n_shared_experts=1, first_k_dense_replace=1,
                routed_scaling_factor=2.5, norm_topk_prob=True)
 SHAPES: dict[str, dict[str, Any]] = {
+    "qwen3-8b": dict(hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8,
+                     vocab_size=151936, tie_word_embeddings=False),
     "qwen3-4b": dict(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8,
                      vocab_size=151936, tie_word_embeddings=True),
     "qwen3-1.7b": dict(hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -25,19 +26,16 @@ def train(run: Path, *flags: str, ranks: int = 2) -> list[dict[str, float]]:
 
 
 def test_the_quickstarts_task(tmp_path: Path) -> None:
-    """SFT, then GRPO with the swap, CUDA graphs and checked updates: held-out accuracy of 0.9."""
+    """Its recipes on a GPU: SFT, then GRPO with the swap, CUDA graphs and checked updates, to a held-out accuracy of 0.9."""
     subprocess.run([sys.executable, "-m", "rlmono.quickstart", "make", str(tmp_path / "data"), "--seed", "1"], cwd=ROOT, check=True, timeout=60)
-    data = tmp_path / "data"
-    train(tmp_path / "sft", "--hf-checkpoint", f"{data}/model", "--loss-type", "sft", "--prompt-data", f"{data}/sft.jsonl",
-          "--input-key", "messages",
-          "--num-rollout", "14", "--rollout-batch-size", "800", "--num-steps-per-rollout", "50", "--lr", "4e-3", "--min-lr", "4e-4",
-          "--lr-decay-style", "cosine", "--lr-warmup-iters", "20", "--save", f"{tmp_path}/checkpoints", "--save-hf", f"{tmp_path}/model")
-    metrics = train(tmp_path / "grpo", "--hf-checkpoint", f"{tmp_path}/model", "--prompt-data", f"{data}/train.jsonl", "--input-key", "messages",
-                    "--label-key", "label", "--apply-chat-template", "--rollout-shuffle", "--custom-rm-path", "rlmono.quickstart.reward",
-                    "--num-rollout", "25", "--rollout-batch-size", "16", "--n-samples-per-prompt", "8", "--rollout-max-response-len", "12",
-                    "--lr", "5e-4", "--eps-clip-high", "0.28", "--eval-interval", "25", "--eval-prompt-data", "heldout", f"{data}/eval.jsonl",
-                    "--sglang-mem-fraction-static", "0.4", "--check-weight-update-equal")
-    assert [m["eval/heldout"] for m in metrics if "eval/heldout" in m][-1] >= 0.9
+    environ = os.environ | {"QUICKSTART": str(tmp_path), "RLMONO_DEVICE": "cuda", "RLMONO_ACTOR_NUM_GPUS_PER_NODE": "1"}
+    for recipe, more in (("sft", []), ("grpo", ["--sglang-mem-fraction-static", "0.4", "--check-weight-update-equal"])):
+        command = ["launch/run.sh", "--env-file", f"configs/recipes/quickstart-{recipe}.env", "--progress", "plain", *more]
+        done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=400)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    metrics = [json.loads(line) for line in (tmp_path / "grpo" / "metrics.jsonl").read_text().splitlines()]
+    accuracies = [m["eval/heldout"] for m in metrics if "eval/heldout" in m]
+    assert accuracies[0] < 0.6 and accuracies[-1] >= 0.9, accuracies
     assert all(m["train/ppo_kl"] < 1e-8 for m in metrics if "train/ppo_kl" in m)
 
 
