@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
+import subprocess
+import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable
 
 if TYPE_CHECKING:
@@ -304,24 +308,33 @@ def standalone(rig: Rig, engine: Any, fraction: float) -> Callable[[list[list[in
     """
     if not rig.gpu:
         return lambda prompts, tokens: len(prompts) * tokens / rig.generate(len(prompts), tokens, 70)[1]
-    for name in [n for n in os.environ if n.startswith(("TORCHELASTIC_", "ROLE_", "GROUP_", "MASTER_", "LOCAL_", "WORLD_")) or n == "RANK"]:
-        del os.environ[name]
-    import sglang
     names = ("model_path", "tp_size", "dtype", "load_format", "skip_tokenizer_init", "sampling_backend", "attention_backend",
              "disable_prefill_cuda_graph", "max_running_requests", "cuda_graph_max_bs_decode", "random_seed", "context_length")
     same = {k: getattr(engine.args, k) for k in names if hasattr(engine.args, k)}
     # The fraction is of what is free: as many bytes as the first has taken.
     free, total = rig.torch.cuda.mem_get_info()
+    arguments = json.dumps(same | {"mem_fraction_static": min(0.85, fraction * total / free)})
+    torchruns = ("TORCHELASTIC_", "ROLE_", "GROUP_", "MASTER_", "LOCAL_", "WORLD_", "RANK", "LD_PRELOAD")
+    environ = {k: v for k, v in os.environ.items() if not k.startswith(torchruns)}
     begun = time.perf_counter()
-    server = sglang.Engine(**same, mem_fraction_static=min(0.85, fraction * total / free), log_level="warning")
+    server = subprocess.Popen([sys.executable, str(Path(__file__).with_name("standalone.py")), arguments], env=environ, text=True,
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert server.stdin is not None and server.stdout is not None
+
+    def wait_for(word: str) -> str:
+        for line in server.stdout or ():
+            if line.startswith(word):
+                return line[len(word):]
+            print(line, end="", flush=True)
+        raise RuntimeError(f"sglang.Engine has ended with status {server.wait(30)}")
+    wait_for("ready")
     rig.say(f"sglang.Engine built in {time.perf_counter() - begun:.1f} s")
 
     def run(prompts: list[list[int]], tokens: int) -> float:
-        begun = time.perf_counter()
-        sampling = {"max_new_tokens": tokens, "temperature": 1.0, "ignore_eos": True}
-        answers = server.generate(input_ids=prompts, sampling_params=sampling, return_logprob=True)
-        took = time.perf_counter() - begun
-        return sum(a["meta_info"]["completion_tokens"] for a in answers) / took     # type: ignore[no-any-return]
+        assert server.stdin is not None
+        server.stdin.write(json.dumps([prompts, tokens]) + "\n")
+        server.stdin.flush()
+        return float(wait_for("rate:"))
     return run
 
 

@@ -29,7 +29,7 @@ def test_rope_is_what_it_is_on_a_cpu() -> None:
     positions = torch.randint(0, 30, (50,))
     outs = []
     for device in ("cpu", "cuda"):
-        x = t.to(device).requires_grad_()
+        x = t.clone().to(device).requires_grad_()
         y = rotate(x, angles.cos().to(device), angles.sin().to(device), positions.to(device))
         y.square().mul(torch.arange(40.0, device=device)).sum().backward()
         assert x.grad is not None
