@@ -56,5 +56,15 @@ class Sample(msgspec.Struct, omit_defaults=True):
     def prompt_length(self) -> int:
         return len(self.tokens) - self.response_length
 
+    @property
+    def trained_length(self) -> int:
+        """Tokens of the response that are trained on: all, or those that the loss mask lets through."""
+        return self.response_length if self.loss_mask is None else sum(self.loss_mask)
+
+    @property
+    def whole_loss_mask(self) -> list[int]:
+        """The loss mask [response_length], ones where there is none."""
+        return [1] * self.response_length if self.loss_mask is None else self.loss_mask
+
 
 Group = list[Sample]

@@ -31,7 +31,7 @@ def train_batches(rollout_id: int, groups: Sequence[Group], steps: int, config: 
     flat = [s for step in filled for s in step]
     plan = plan_rollout([len(s.tokens) // TOKEN_BYTES for s in flat], [len(step) for step in filled], config, data_parallel)
     rewards = [(s.group_index, s.index, s.reward) for s in [*packed, *([FILLER] if len(flat) > len(packed) else [])]]
-    totals = [(b - a, sum(_masked_in(s) for s in samples[a:b])) for a, b in zip(cuts, cuts[1:], strict=False)]
+    totals = [(b - a, sum(s.trained_length for s in samples[a:b])) for a, b in zip(cuts, cuts[1:], strict=False)]
     return [TrainBatch(rollout_id, [TrainStep([[flat[i] for i in pack] for pack in plan[k][rank]], max(n, 1), tokens)
                                     for k, (n, tokens) in enumerate(totals)], rewards) for rank in range(data_parallel)]
 
@@ -68,10 +68,6 @@ def overlong_share(length: int, limit: int, buffer: int) -> float:
     return min(max((length - (limit - buffer)) / buffer, 0.0), 1.0)
 
 
-def _masked_in(s: Sample) -> int:
-    return sum(s.loss_mask) if s.loss_mask is not None else s.response_length
-
-
 def _mean_log_prob(s: Sample) -> float:
     """Of the tokens that are trained on."""
     log_probs = s.rollout_log_probs or []
@@ -87,9 +83,9 @@ def rollout_statistics(groups: Sequence[Group], config: Config) -> dict[str, flo
            "rollout/response_len/mean": lengths.mean(), "rollout/response_len/max": lengths.max(), "rollout/response_len/min": lengths.min(),
            "rollout/response_len/median": np.median(lengths), "rollout/truncated_ratio": np.mean([s.status == TRUNCATED for s in samples]),
            "rollout/repetition_frac": np.mean([has_repetition(s.response) for s in samples]), "rollout/samples": len(samples),
-           "rollout/log_probs": np.mean([_mean_log_prob(s) for s in samples if s.rollout_log_probs and _masked_in(s)] or [0.0])}
+           "rollout/log_probs": np.mean([_mean_log_prob(s) for s in samples if s.rollout_log_probs and s.trained_length] or [0.0])}
     if any(s.loss_mask is not None for s in samples):
-        out["rollout/trained_tokens_ratio"] = sum(map(_masked_in, samples)) / max(int(lengths.sum()), 1)
+        out["rollout/trained_tokens_ratio"] = sum(s.trained_length for s in samples) / max(int(lengths.sum()), 1)
     out |= _zero_std(groups, config)
     out |= {f"rollout/remarks/{name}": n for name, n in Counter(r for s in samples for r in s.remarks).items()}
     return {k: float(v) for k, v in out.items()}

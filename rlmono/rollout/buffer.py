@@ -140,5 +140,4 @@ def too_old(sample: Sample, version: int, max_age: int | None) -> bool:
 def mask_old_tokens(sample: Sample, version: int) -> None:
     """Leave the tokens of older weights than `version` out of the loss."""
     if sample.weight_versions and min(sample.weight_versions) < version:
-        mask = sample.loss_mask or [1] * sample.response_length
-        sample.loss_mask = [m if v >= version else 0 for m, v in zip(mask, sample.weight_versions, strict=True)]
+        sample.loss_mask = [m if v >= version else 0 for m, v in zip(sample.whole_loss_mask, sample.weight_versions, strict=True)]

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from rlmono.config.schema import Config
-from rlmono.data.sample import ABORTED, Group, Sample
+from rlmono.data.sample import ABORTED, Group
 from rlmono.rollout.buffer import copy_prompt, cut, mask_old_tokens, weight_version
 from rlmono.rollout.cluster import Cluster
 from rlmono.rollout.filters import judge, load_filter
@@ -151,7 +151,7 @@ class _Rollout:
 
     def _counts(self, surplus: Sequence[int]) -> dict[str, float]:
         selection = self._selection
-        tokens = {n: sum(map(written, group)) - sum(map(written, self._before[n])) for n, group in self._after.items()}
+        tokens = {n: _written(group) - _written(self._before[n]) for n, group in self._after.items()}
         values: dict[str, float] = {}
         if self.collector.selects:
             values |= {"rollout/submitted_groups": selection.submitted, "rollout/aborted_groups": len(surplus),
@@ -171,6 +171,6 @@ class _Rollout:
             yield len(sample.tokens) - len(before.tokens)
 
 
-def written(sample: Sample) -> int:
-    """Tokens that the model wrote."""
-    return sample.response_length if sample.loss_mask is None else sum(sample.loss_mask)
+def _written(group: Group) -> int:
+    """Tokens of a group that the model wrote."""
+    return sum(s.trained_length for s in group)

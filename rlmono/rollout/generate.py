@@ -139,7 +139,7 @@ def append_tokens(sample: Sample, output: Output) -> None:
 
 def append_observation(sample: Sample, tokens: Sequence[int]) -> None:
     """Append tokens that the model did not write: mask 0, logprob 0, and the weight version of what stands before them."""
-    mask, versions = sample.loss_mask if sample.loss_mask is not None else [1] * sample.response_length, sample.weight_versions or []
+    mask, versions = sample.whole_loss_mask, sample.weight_versions or []
     sample.tokens = [*sample.tokens, *tokens]
     sample.response_length += len(tokens)
     sample.loss_mask = mask + [0] * len(tokens)
