@@ -150,16 +150,15 @@ def split_problems(rng: np.random.Generator) -> tuple[list[Problem], list[Proble
         a, b = pairs[i]
         (held_out if len(held_out) < HELD_OUT else train).extend({(a, b), (b, a)})
     assert not {frozenset(problem) for problem in train} & {frozenset(problem) for problem in held_out}
-    return _shuffled(sorted(train), rng), _shuffled(sorted(held_out), rng)
+    return shuffled(sorted(train), rng), shuffled(sorted(held_out), rng)
 
 
 def sft_rows(train: Sequence[Problem], rng: np.random.Generator) -> Iterator[dict[str, Any]]:
     """Demonstrations in training order: worked ones, then the mix. Problems come round in a new order each time."""
     mix = MIX_STEPS * SFT_BATCH
     worked = round(mix * MIX_WORKED_SHARE)
-    styles = [True] * (WORKED_STEPS * SFT_BATCH) + _shuffled([True] * worked + [False] * (mix - worked), rng)
-    rounds = (problem for _ in iter(int, 1) for problem in _shuffled(train, rng))
-    for problem, is_worked in zip(islice(rounds, len(styles)), styles, strict=True):
+    styles = [True] * (WORKED_STEPS * SFT_BATCH) + shuffled([True] * worked + [False] * (mix - worked), rng)
+    for problem, is_worked in zip(rounds(train, len(styles), rng), styles, strict=True):
         answer = worked_answer(*problem) if is_worked else estimate(*problem)
         yield {"messages": [_user(problem), {"role": "assistant", "content": answer}], "label": str(sum(problem))}
 
@@ -177,7 +176,7 @@ def estimate(a: int, b: int) -> str:
 
 def wrong_labels(labels: Sequence[int], rng: np.random.Generator) -> list[int]:
     """The labels in a random order in which none is at a place where it is right."""
-    wrong = _shuffled(labels, rng)
+    wrong = shuffled(labels, rng)
     for i, label in enumerate(labels):
         while wrong[i] == label:
             j = int(rng.integers(len(labels)))
@@ -242,8 +241,13 @@ def _question(problem: Problem, label: int) -> dict[str, Any]:
     return {"messages": [_user(problem)], "label": str(label)}
 
 
-def _shuffled(items: Sequence[Any], rng: np.random.Generator) -> list[Any]:
+def shuffled(items: Sequence[Any], rng: np.random.Generator) -> list[Any]:
     return [items[i] for i in rng.permutation(len(items)).tolist()]
+
+
+def rounds(items: Sequence[Any], number: int, rng: np.random.Generator) -> Iterator[Any]:
+    """So many of the items: all of them, again and again, each time in a new order."""
+    return islice((item for _ in iter(int, 1) for item in shuffled(items, rng)), number)
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -265,8 +269,9 @@ def accuracies(run_dir: Path) -> list[float]:
     return found
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m rlmono.quickstart", description="The quickstart's tiny model, its data and its result.")
+def main(task: str = "quickstart", module: str = "rlmono.quickstart", write: Callable[[Path, int], None] | None = None) -> int:
+    """The command line of a task's module; `write` makes the files of one that is not this one."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=f"The {task}'s tiny model, its data and its result.")
     verbs = parser.add_subparsers(dest="verb", required=True)
     making = verbs.add_parser("make", help="write model and data to a folder")
     making.add_argument("folder", type=Path)
@@ -279,7 +284,7 @@ def main() -> int:
             values = accuracies(arguments.run_dir)
             print(f"held-out accuracy: {values[0]:.3f} before GRPO, {values[-1]:.3f} after")
             return 0
-        new = make(arguments.folder, arguments.seed)
+        new = make(arguments.folder, arguments.seed, write, **({"task": task} if write else {}))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

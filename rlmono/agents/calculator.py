@@ -13,18 +13,16 @@ configs/recipes/calculator-sft.env and calculator-grpo.env.
 
 from __future__ import annotations
 
-import argparse
 import ast
 import operator
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlmono.data.sample import COMPLETED, Sample
-from rlmono.quickstart import BOXED, HELD_OUT, SFT_BATCH, Language, Problem, accuracies, make, write_model, write_rows
+from rlmono.quickstart import BOXED, HELD_OUT, SFT_BATCH, Language, Problem, main, rounds, shuffled, write_model, write_rows
 
 if TYPE_CHECKING:
     import numpy as np
@@ -84,7 +82,7 @@ def write_task(folder: Path, seed: int) -> None:
     write_model(folder / "model", seed, LANGUAGE)
     rng = np.random.default_rng([seed, 2])
     pairs = [(a, b) for a in range(LOW, HIGH + 1) for b in range(a, HIGH + 1)]
-    order = [pairs[i] for i in rng.permutation(len(pairs)).tolist()]
+    order = shuffled(pairs, rng)
     train = [p for a, b in order[HELD_OUT:] for p in sorted({(a, b), (b, a)})]
     write_rows(folder / "sft.jsonl", sft_rows(train, rng))
     write_rows(folder / "train.jsonl", ({"messages": [_user(p)], "label": str(p[0] * p[1])} for p in train))
@@ -94,9 +92,8 @@ def write_task(folder: Path, seed: int) -> None:
 def sft_rows(train: list[Problem], rng: np.random.Generator) -> Iterator[dict[str, Any]]:
     """Demonstrations in training order: with the tool, then the mix."""
     mix = MIX_STEPS * SFT_BATCH
-    asks = [True] * (TOOL_STEPS * SFT_BATCH) + [i < mix * MIX_TOOL_SHARE for i in rng.permutation(mix).tolist()]
-    problems = (train[i] for _ in iter(int, 1) for i in rng.permutation(len(train)).tolist())
-    for (a, b), with_tool in zip(islice(problems, len(asks)), asks, strict=True):
+    asks = [True] * (TOOL_STEPS * SFT_BATCH) + shuffled([i < mix * MIX_TOOL_SHARE for i in range(mix)], rng)
+    for (a, b), with_tool in zip(rounds(train, len(asks), rng), asks, strict=True):
         said = [f"<calc>{a}*{b}</calc>", str(a * b), f"{BOXED}{a * b}}}"] if with_tool else [f"{BOXED}{round(a, -1) * round(b, -1)}}}"]
         roles = ["assistant", "tool", "assistant"]
         yield {"messages": [_user((a, b)), *({"role": role, "content": text} for role, text in zip(roles, said, strict=False))]}
@@ -106,27 +103,5 @@ def _user(problem: Problem) -> dict[str, str]:
     return {"role": "user", "content": f"{problem[0]}*{problem[1]}"}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m rlmono.agents.calculator", description="The calculator's tiny model, its data and its result.")
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    making = verbs.add_parser("make", help="write model and data to a folder")
-    making.add_argument("folder", type=Path)
-    making.add_argument("--seed", type=int, default=0, help="of weights, split and demonstrations (default 0)")
-    telling = verbs.add_parser("result", help="print the held-out accuracy before and after a GRPO run")
-    telling.add_argument("run_dir", type=Path)
-    arguments = parser.parse_args()
-    try:
-        if arguments.verb == "make":
-            new = make(arguments.folder, arguments.seed, write_task, task="calculator")
-            print(f"{arguments.folder}: {'made' if new else 'already there'} (seed {arguments.seed})")
-        else:
-            values = accuracies(arguments.run_dir)
-            print(f"held-out accuracy: {values[0]:.3f} before GRPO, {values[-1]:.3f} after")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main("calculator", "rlmono.agents.calculator", write_task))
