@@ -43,8 +43,4 @@ def sockets() -> Iterator[Path]:
 def straight(task: Path, sockets: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
     """Six rollouts on two colocated device ranks, undisturbed."""
     folder = tmp_path_factory.mktemp("straight")
-    job = Job(folder, task, sockets, COLOCATED, rollouts=6, ranks=3, save=folder / "save")
-    with job.start() as run:
-        assert run.wait() == 0, run.text()
-        run.wait_until_gone()
-    return job
+    return Job(folder, task, sockets, COLOCATED, rollouts=6, ranks=3, save=folder / "save").run_through()

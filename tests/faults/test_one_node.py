@@ -4,36 +4,19 @@ started again, and in the end nothing of it differs from a run that nothing happ
 from __future__ import annotations
 
 import json
-import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from checkpoints import differing, lineage, load_all
-from disk import Disk
-from jobs import COLOCATED, Job
-
-SAMPLES = 32
-"""A rollout has 4 groups of 8; sample numbers count over the run."""
+from jobs import COLOCATED, SAMPLES, Job, killed_job
 
 
 @pytest.fixture(scope="module")
 def killed(task: Path, sockets: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Job]:
-    folder = tmp_path_factory.mktemp("killed")
-    (folder / "disk").mkdir()
-    disk = Disk(folder / "disk")
-    job = Job(folder, task, sockets, COLOCATED, rollouts=6, ranks=3, save=disk.folder / "save")
-    try:
-        _kill_while_generating(job)
-        _kill_while_saving(job)
-        _fill_disk_before_save(job, disk)
-        with job.start() as run:
-            assert run.wait() == 0, run.text()
-            assert f"resuming from {job.checkpoint(3)}: rollout 4 of 6" in run.text()
+    with killed_job(tmp_path_factory.mktemp("killed"), task, sockets, COLOCATED, _kill_while_generating) as job:
         yield job
-    finally:
-        disk.close()
 
 
 def _kill_while_generating(job: Job) -> None:
@@ -47,35 +30,6 @@ def _kill_while_generating(job: Job) -> None:
     assert job.left_sockets() == []         # the host was told to end, and tidied up
     assert sorted(lineage(job.run_dir)) == [0, 1]
     job.let_go()
-
-
-def _kill_while_saving(job: Job) -> None:
-    """`kill -9` of a device rank as soon as the folder of checkpoint 3 has appeared."""
-    with job.start() as run:
-        run.until(lambda: "resuming from" in run.text(), "the run to resume")
-        assert f"resuming from {job.checkpoint(1)}: rollout 2 of 6" in run.text()
-        pid = run.pid(rank=0)
-        run.until(lambda: any(job.save.glob("partial-0000003-*")), "checkpoint 3 to be written")
-        os.kill(pid, signal.SIGKILL)
-        assert run.wait(120) == 128 + signal.SIGKILL, run.text()
-        run.wait_until_gone()
-    assert any(job.save.glob("partial-*")) and not job.checkpoint(3).exists()
-
-
-def _fill_disk_before_save(job: Job, disk: Disk) -> None:
-    """The torn checkpoint is not used; then the disk is full when checkpoint 5 is to be written."""
-    job.hold(4 * SAMPLES + 13)
-    with job.start() as run:
-        run.until(job.held, "rollout 4 to be generated")
-        assert f"resuming from {job.checkpoint(1)}: rollout 2 of 6" in run.text()
-        disk.fill(run)
-        job.let_go()
-        assert run.wait(120) == 1, run.text()
-        run.wait_until_gone()
-    (line, *_) = [x for x in run.text().splitlines() if "could not be written" in x]
-    assert str(job.save / "partial-0000005-") in line and ("No space left" in line or "File too large" in line), run.text()
-    assert job.checkpoint(3).exists() and not job.checkpoint(5).exists()
-    disk.free()
 
 
 @pytest.mark.parametrize("rollout_id", range(6))

@@ -26,11 +26,7 @@ def _job(task: Path, sockets: Path, folder: Path) -> Job:
 
 @pytest.fixture(scope="module")
 def undisturbed(task: Path, sockets: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
-    job = _job(task, sockets, tmp_path_factory.mktemp("undisturbed"))
-    with job.start() as run:
-        assert run.wait() == 0, run.text()
-        run.wait_until_gone()
-    return job
+    return _job(task, sockets, tmp_path_factory.mktemp("undisturbed")).run_through()
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +39,10 @@ def killed(task: Path, sockets: Path, tmp_path_factory: pytest.TempPathFactory) 
         run.wait_until_gone()
     with job.start() as run:                # and of the launcher in rollout 5
         run.until(lambda: 4 in (lineage(job.run_dir) if _rollouts(job) else ()), "rollout 4 to be generated")
-        assert f"resuming from {job.checkpoint(1)}: rollout 2 of 6" in run.text()
+        assert job.resuming(1) in run.text()
         os.kill(run.agent.pid, signal.SIGKILL)
         run.wait_until_gone()
-    with job.start() as run:
-        assert run.wait() == 0, run.text()
-        assert f"resuming from {job.checkpoint(3)}: rollout 4 of 6" in run.text()
-        run.wait_until_gone()
-    return job
+    return job.run_through(after=3)
 
 
 def _rollouts(job: Job) -> int:

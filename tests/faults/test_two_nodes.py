@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 from checkpoints import differing, lineage, load_all
-from jobs import Job
+from jobs import SAMPLES, Job
 from processes import Run, free_port
 
 PLACEMENT = ("--colocate", "--actor-num-nodes", 2, "--actor-num-gpus-per-node", 1, "--heartbeat-timeout-s", 10)
-SAMPLES = 32
 
 
 def _start(job: Job) -> tuple[Run, Run]:
@@ -30,7 +29,7 @@ def two_nodes(task: Path, sockets: Path, tmp_path_factory: pytest.TempPathFactor
     with first, second:
         assert first.wait() == 0, first.text() + second.text()
         assert second.wait() == 0, first.text() + second.text()
-        assert f"resuming from {job.checkpoint(1)}: rollout 2 of 4" in first.text()
+        assert job.resuming(1) in first.text()
         first.wait_until_gone()
         second.wait_until_gone()
     return job

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 from checkpoints import differing, lineage, load_all
-from jobs import Job
+from jobs import SAMPLES, Job
 
 PLACEMENT = ("--actor-num-gpus-per-node", 1, "--rollout-num-gpus", 2, "--check-weight-update-equal")
-SAMPLES = 32
 
 
 def _job(task: Path, sockets: Path, folder: Path) -> Job:
@@ -20,11 +19,7 @@ def _job(task: Path, sockets: Path, folder: Path) -> Job:
 
 @pytest.fixture(scope="module")
 def undisturbed(task: Path, sockets: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
-    job = _job(task, sockets, tmp_path_factory.mktemp("undisturbed"))
-    with job.start() as run:
-        assert run.wait() == 0, run.text()
-        run.wait_until_gone()
-    return job
+    return _job(task, sockets, tmp_path_factory.mktemp("undisturbed")).run_through()
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +32,7 @@ def killed(task: Path, sockets: Path, tmp_path_factory: pytest.TempPathFactory) 
         run.wait_until_gone()               # no rank outlives its agent, and no reward worker its rank
     assert len(job.left_sockets()) == 1     # nobody was there to tidy up
     job.let_go()
-    with job.start() as run:
-        assert run.wait() == 0, run.text()
-        assert f"resuming from {job.checkpoint(1)}: rollout 2 of 4" in run.text()
-        run.wait_until_gone()
+    job.run_through(after=1)
     assert job.left_sockets() == []         # the next start did
     return job
 
