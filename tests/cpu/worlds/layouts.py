@@ -252,7 +252,7 @@ def speed(trainer: Any, batch: Any) -> float:
 def build(name: str, where: dict[str, Any], per_token: bool = False, dtype: torch.dtype = torch.float32, changed: dict[str, Any] | None = None,
           **options: Any) -> Any:
     from rlmono.trainer.trainer import Trainer
-    tiny.leave_layout(keep=True)
+    tiny.leave_layout()
     shape = shape_from_hf(json.loads((FOLDER / name / "config.json").read_text())) | (changed or {})
     # A large eps: otherwise Adam makes whole steps of gradients that are only rounding; a large lr: updates are differences of weights near 1.
     values = dict(lr=0.3, adam_eps=1e-3, weight_decay=0.0) | options

@@ -67,19 +67,18 @@ def build_trainer(folder: Path, total_steps: int = 10, dtype: torch.dtype = torc
     return trainer
 
 
-def leave_layout(keep: bool = False) -> None:
-    """Let go of the layout of the trainer before, so that another can be built; with `keep`, its groups are kept for layouts that want the same ones.
+def leave_layout() -> None:
+    """Let go of the layout of the trainer before, so that another can be built; its groups are kept for layouts that want the same ones.
 
     A process group's threads go on for as long as anything holds it, and Megatron's modules do: a few dozen layouts would have thousands of them.
     """
     from megatron.core import parallel_state
     gc.collect()
-    if keep and not hasattr(parallel_state.create_group, "kept"):
+    if not hasattr(parallel_state.create_group, "kept"):
         parallel_state.create_group = _keeping(parallel_state.create_group)
     if parallel_state.model_parallel_is_initialized():
-        if keep:
-            for name in [n for n in vars(parallel_state) if "_GROUP" in n and n.endswith("_GLOO")]:
-                setattr(parallel_state, name, None)         # it would end these
+        for name in [n for n in vars(parallel_state) if "_GROUP" in n and n.endswith("_GLOO")]:
+            setattr(parallel_state, name, None)         # it would end these
         parallel_state.destroy_model_parallel()
 
 
