@@ -265,13 +265,13 @@ def _state(learner: Learner, loading: bool) -> dict[str, Any]:
     return {**models, "optimizer": optimizer, "adam_steps": steps, "schedule": learner.schedule.state_dict(), "skipped_steps": learner.skipped_steps}
 
 
+@functools.cache
 def _install() -> None:
-    """The overrides, each with its reason."""
+    """The overrides, each with its reason; once."""
     filesystem_async._get_write_results_queue = lambda *_: None         # else a manager process, an orphan after a kill
     optimizer = distrib_optimizer.DistributedOptimizer
     optimizer._set_main_param_and_optimizer_states = _set_states
-    if not hasattr(optimizer.get_parameter_state_dp_zero, "__wrapped__"):
-        optimizer.get_parameter_state_dp_zero = _with_padding(optimizer.get_parameter_state_dp_zero)
+    optimizer.get_parameter_state_dp_zero = _with_padding(optimizer.get_parameter_state_dp_zero)
 
 
 def _with_padding(original: Any) -> Any:
