@@ -206,22 +206,22 @@ def load_critic(critic: Critic, folder: Path, with_optimizer: bool) -> None:
 def load_weights(chunks: list[Any], folder: Path) -> None:
     """Only weights, into bare chunks (the reference). Collective. Raises CheckpointError as `load` does."""
     state = _chunks(chunks)
-    _compare(state, folder / "trainer")
-    loaded = dist_checkpointing.load(state, str(folder / "trainer"))
+    _compare(state, folder / ACTOR)
+    loaded = dist_checkpointing.load(state, str(folder / ACTOR))
     for i, chunk in enumerate(chunks):
         chunk.load_state_dict(loaded[_key(i)], strict=False)
-    _require_finite(held_tensors(chunks), folder / "trainer")
+    _require_finite(held_tensors(chunks), folder / ACTOR)
 
 
 def weights_dtype(folder: Path) -> torch.dtype:
     """What the weights in a checkpoint are stored as."""
-    tensors = dist_checkpointing.load_tensors_metadata(str(folder / "trainer"))
+    tensors = dist_checkpointing.load_tensors_metadata(str(folder / ACTOR))
     return next(t.dtype for name, t in tensors.items() if name.endswith("final_layernorm.weight"))   # type: ignore[no-any-return]
 
 
 def weights_count(folder: Path) -> int:
     """How many numbers the weights in a checkpoint are."""
-    tensors = dist_checkpointing.load_tensors_metadata(str(folder / "trainer"))
+    tensors = dist_checkpointing.load_tensors_metadata(str(folder / ACTOR))
     return sum(math.prod(t.global_shape) for name, t in tensors.items() if name.startswith(_MODEL))
 
 

@@ -179,7 +179,6 @@ class _Recorder(TorchDispatchMode):
         whole = part.shape == t.shape and part.stride() == t.stride()
         self.entries[name].copies.append((place.detach(), None if whole else (tuple(part.shape), part.stride(), offset)))
 
-
     def _note_fill(self, place: torch.Tensor) -> None:
         """Padding that nobody else writes to stays as it is; a fill over what was copied is something else."""
         copied = [p for e in self.entries.values() for p, _ in e.copies]

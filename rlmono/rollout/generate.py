@@ -120,12 +120,6 @@ async def generate(args: Any, sample: Sample, sampling: SamplingParams, state: G
     return sample
 
 
-def append_output(args: Any, sample: Sample, output: Output, tokenizer: Tokenizer) -> None:
-    """Append what the engine wrote to the sample's response, and its text: at once, which takes 5 ms for 8k tokens."""
-    append_tokens(sample, output)
-    sample.response = tokenizer.decode(sample.tokens[sample.prompt_length:], args.rollout_skip_special_tokens)
-
-
 def append_tokens(sample: Sample, output: Output) -> None:
     """Append what the engine wrote to the sample's tokens, and leave its text as it was."""
     sample.tokens = sample.tokens + output.output_ids

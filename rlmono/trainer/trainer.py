@@ -68,9 +68,6 @@ class Trainer(Learner):
     def needs_reference(self) -> bool:
         return self.config.loss_type != "sft" and (self.config.use_kl_loss or self.config.kl_coef > 0)
 
-    def needs_teacher(self) -> bool:
-        return self.config.loss_type != "sft" and self.config.use_opd
-
     def add_reference(self) -> list[Any]:
         """A second, frozen model for reference logprobs; its weights are the caller's to load."""
         self.reference = self._frozen(self.config)

@@ -59,7 +59,7 @@ def build(folder: Path, options: dict[str, Any], name: str = "untied") -> Any:
     """A trainer for a variant, with its reference, teacher and critic."""
     from rlmono.models.registry import shape_from_hf
     trainer = tiny.build_trainer(folder / name, **options)
-    if trainer.needs_teacher():
+    if trainer.config.use_opd:
         shape = shape_from_hf(json.loads((folder / "teacher" / "config.json").read_text()))
         trainer.load_hf(folder / "teacher", trainer.add_teacher(shape), shape)
     if trainer.critic is not None:
