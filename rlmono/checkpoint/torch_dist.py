@@ -200,6 +200,7 @@ def load_critic(critic: Critic, folder: Path, with_optimizer: bool) -> None:
     loaded = dist_checkpointing.load(body, str(folder / ACTOR))
     for i, chunk in enumerate(critic.chunks):
         chunk.load_state_dict(loaded[_key(i)], strict=False)
+    _require_finite(held_tensors(critic.chunks), folder / ACTOR)
     critic.weights_changed()
 
 

@@ -13,7 +13,7 @@ import importlib.util
 import os
 import sys
 import types
-from typing import Any, Callable, Iterable
+from typing import Any, Callable, Iterable, Optional
 
 import torch
 import torch.distributed as dist
@@ -105,10 +105,11 @@ def _install_triton_stub() -> None:
     module.install()
 
 
-def override(make_channels: Callable[..., Any], pull_requests: Callable[[Any], Any]) -> None:
-    """Replace what assumes a process of SGLang's own.
+def override(make_channels: Callable[..., Any], pull_requests: Callable[[Any], Any], latent_norm_epsilon: Optional[float] = None) -> None:
+    """Replace what assumes a process of SGLang's own, and what differs from the models' published code.
 
-    `make_channels(**kw)` stands for SchedulerIpcChannels.create, `pull_requests(receiver)` for the read of its sockets.
+    `make_channels(**kw)` stands for SchedulerIpcChannels.create, `pull_requests(receiver)` for the read of its sockets; `latent_norm_epsilon`
+    is that of the model's shape.
     """
     from sglang.srt.distributed import bootstrap
     from sglang.srt.managers import tp_worker
@@ -125,6 +126,22 @@ def override(make_channels: Callable[..., Any], pull_requests: Callable[[Any], A
     tp_worker.broadcast_pyobj = lambda data, rank, group=None, **kw: original(data, dist.get_rank(), group, **kw)
     if not torch.cuda.is_available():
         _override_cpu_sampling()
+    if latent_norm_epsilon is not None:
+        from sglang.srt.models import deepseek_v2
+        override_latent_norms(deepseek_v2.DeepseekV2AttentionMLA, latent_norm_epsilon)
+
+
+def override_latent_norms(attention: Any, epsilon: float) -> None:
+    """SGLang gives the norms on latents `rms_norm_eps`, where the published code and transformers have 1e-6 whatever that is. As layers are
+    made: CUDA graphs are captured right after."""
+    original = attention.__init__
+
+    def init(self: Any, *args: Any, **named: Any) -> None:
+        original(self, *args, **named)
+        for name in ("q_a_layernorm", "kv_a_layernorm"):
+            if hasattr(self, name):             # without low-rank queries there is the second alone
+                getattr(self, name).variance_epsilon = epsilon
+    attention.__init__ = init
 
 
 def _groups_exist(*, server_args: Any, model_config: Any, **_: Any) -> None:

@@ -45,7 +45,7 @@ class Engine:
         self.is_first = rank == self.ranks[0]
         self.weight_version = 0
         self._traffic = _Traffic(self, link)
-        compat.override(self._traffic.make_channels, self._traffic.pull)
+        compat.override(self._traffic.make_channels, self._traffic.pull, config.model.get("latent_norm_epsilon"))
         self.args = server_args(config, device=device, dtype=dtype, memory_saver=memory_saver)
         make_groups(engines, self.args, local_rank, "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
         stops = bool(config.rollout_stop or config.custom_generate_function_path or config.eval_config)

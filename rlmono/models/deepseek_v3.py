@@ -8,6 +8,10 @@ from rlmono.models.decoder import Shape, base_shape, embeddings, layer_mlp, norm
 from rlmono.models.glm4_moe import sigmoid_experts
 from rlmono.models.mapping import Columns, Replicated, Rows, Tensor
 
+LATENT_NORM_EPSILON = 1e-6
+"""Of the norms on the latents, whatever config.json says of the others: so the published code and transformers. For V3, R1 and Kimi-K2 that is
+`rms_norm_eps` too; Moonlight's is 1e-5."""
+
 
 def shape_from_hf(hf: Shape) -> dict[str, Any]:
     """Multi-head latent attention, YaRN, and the sigmoid router."""
@@ -15,7 +19,7 @@ def shape_from_hf(hf: Shape) -> dict[str, Any]:
     shape = {**base_shape(hf), "num_query_groups": hf["num_attention_heads"], "kv_channels": hf["v_head_dim"], "multi_latent_attention": True,
              "qk_layernorm": True, "q_lora_rank": hf.get("q_lora_rank"), "kv_lora_rank": hf["kv_lora_rank"], "qk_head_dim": hf["qk_nope_head_dim"],
              "qk_pos_emb_head_dim": hf["qk_rope_head_dim"], "v_head_dim": hf["v_head_dim"], "rope_type": "rope", "rotary_scaling_factor": 1.0,
-             **sigmoid_experts(hf)}
+             "latent_norm_epsilon": LATENT_NORM_EPSILON, **sigmoid_experts(hf)}
     if rope_kind(hf) == "yarn":
         r = rope(hf)
         shape |= {"rope_type": "yarn", "rotary_scaling_factor": float(r["factor"]), "beta_fast": float(r.get("beta_fast", 32)),

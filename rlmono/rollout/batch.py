@@ -8,6 +8,7 @@ from typing import Any, Sequence
 
 import numpy as np
 
+from rlmono.config.batches import packs_multiple
 from rlmono.config.schema import Config
 from rlmono.data.sample import TRUNCATED, Group, Sample
 from rlmono.rollout.schedule import plan_rollout
@@ -18,7 +19,8 @@ def train_batches(rollout_id: int, groups: Sequence[Group], steps: int, config: 
     """One batch for each data-parallel rank. Samples go in order of (group, sample), whatever order they finished in.
 
     Their number is not fixed: samples fail, and a generate function may return several for one. The steps are then as equal as can be, each
-    divides by its own samples, and is filled up with samples that weigh nothing until it divides over the ranks.
+    divides by its own samples, and is filled up with samples that weigh nothing until it divides over the ranks
+    (and, with a virtual pipeline, over its stages).
     Raises ValueError when there is nothing to train on.
     """
     samples = sorted((s for g in groups for s in g), key=lambda s: (s.group_index, s.index))
@@ -26,7 +28,7 @@ def train_batches(rollout_id: int, groups: Sequence[Group], steps: int, config: 
         raise ValueError(f"rollout {rollout_id} has no sample to train on: all have failed")
     packed = [_train_sample(config, i, s) for i, s in enumerate(samples)]      # the index: several may be of one sample
     cuts = [len(samples) * k // steps for k in range(steps + 1)]
-    multiple = data_parallel * (1 if config.use_dynamic_batch_size else config.micro_batch_size)
+    multiple = data_parallel * packs_multiple(config) * (1 if config.use_dynamic_batch_size else config.micro_batch_size)
     filled = [_filled(packed[a:b], multiple) for a, b in zip(cuts, cuts[1:], strict=False)]
     flat = [s for step in filled for s in step]
     plan = plan_rollout([len(s.tokens) // TOKEN_BYTES for s in flat], [len(step) for step in filled], config, data_parallel)

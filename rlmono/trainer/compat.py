@@ -57,6 +57,14 @@ def _without_transformer_engine() -> None:
         mla.HAVE_TE = False                         # isinstance(x, MagicMock) raises
     if utils.get_te_version() is None:
         utils._te_version = Version("0.0.0")        # None >= Version raises
+    _selective_recompute()
+
+
+def _selective_recompute() -> None:
+    """Whatever is not None counts as fp8, which needs Transformer Engine; norms are recomputed with the default, which is False."""
+    from megatron.core.tensor_parallel.random import CheckpointWithoutOutput as Checkpoint
+    original = Checkpoint.__init__
+    Checkpoint.__init__ = lambda self, fp8=False: original(self, fp8 or None)
 
 
 def _without_waiting() -> None:

@@ -156,7 +156,7 @@ def time_figures(run_dir: Path) -> list[dict[str, Any]]:
         spent["save"] += row.get("perf/save_time", 0.0)
     total = sum(row["perf/step_time"] for row in rows)
     shares = {k: v / total * 100 for k, v in spent.items()} | {"rest": (total - sum(spent.values())) / total * 100}
-    what = f"all {len(rows)} rollouts of 128 samples, 2 colocated device ranks"
+    what = f"all {len(rows)} rollouts of {rows[0]['rollout/samples']:g} samples, 2 colocated device ranks"
     meaning = {"generate": "first request sent to last answer", "train": "logprobs and the step", "update": "weights into the engines",
                "save": "the checkpoint after the last rollout", "rest": "rewards, packing, messages, metrics"}
     median = statistics.median(row["perf/step_time"] for row in rows)

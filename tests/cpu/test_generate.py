@@ -200,11 +200,16 @@ def grouped(sizes: list[int], length: int = 3) -> list[list[Sample]]:
     return out
 
 
-@pytest.mark.parametrize("options", [{"micro_batch_size": 2}, {"use_dynamic_batch_size": True, "max_tokens_per_gpu": 8},
-                                     {"use_dynamic_batch_size": True, "max_tokens_per_gpu": 8, "balance_data": True}])
+DYNAMIC = {"use_dynamic_batch_size": True, "max_tokens_per_gpu": 8}
+VIRTUAL = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
+
+
+@pytest.mark.parametrize("options", [{"micro_batch_size": 2}, DYNAMIC, DYNAMIC | {"balance_data": True}, VIRTUAL | {"micro_batch_size": 2},
+                                     VIRTUAL | DYNAMIC, VIRTUAL | DYNAMIC | {"balance_data": True}])
 @pytest.mark.parametrize(("sizes", "steps", "ranks"), [([1, 1, 1, 1], 2, 2), ([3, 0, 1, 5], 2, 2), ([1, 0, 0, 0], 2, 4), ([0, 7, 1, 0], 3, 2)])
 def test_batches_of_any_number_of_samples(options: dict[str, Any], sizes: list[int], steps: int, ranks: int) -> None:
-    """Each sample is trained on once, by the step's own denominators; ranks run equally many packs, none of them empty."""
+    """Each sample is trained on once, by the step's own denominators; ranks run equally many packs, none of them empty; with a virtual
+    pipeline in multiples of its stages."""
     model = dict(num_layers=2, hidden_size=64, ffn_hidden_size=128, num_attention_heads=4, num_query_groups=2, kv_channels=16, vocab_size=100)
     groups = grouped(sizes)
     batches = train_batches(0, groups, steps, Config(model=model, **options), ranks)
@@ -214,6 +219,7 @@ def test_batches_of_any_number_of_samples(options: dict[str, Any], sizes: list[i
     for k in range(steps):
         packs = [batch.steps[k].packs for batch in batches]
         assert len({len(p) for p in packs}) == 1 and all(pack for p in packs for pack in p)
+        assert len(packs[0]) % options.get("virtual_pipeline_model_parallel_size", 1) == 0
         samples = [s for p in packs for pack in p for s in pack]
         mine = [s for s in samples if s.index >= 0]
         assert all(not any(s.loss_mask) for s in samples if s.index < 0)

@@ -1,4 +1,4 @@
-"""Checkpoints of every layout, loaded on every other: `checkpoints.py FOLDER STORE` on 1 rank, on 2, and on 1 again.
+"""Checkpoints of every layout, loaded on every other: `checkpoints.py FOLDER STORE` on 1 rank, on 2, on 4, and on 1 again.
 
 FOLDER has the models (make_families.py). Each run saves what its ranks can be and STORE lacks, then loads all that is there.
 """
@@ -16,8 +16,11 @@ import torch.distributed as dist
 from layouts import layout
 
 STORE = Path(sys.argv[2])
-DENSE = {1: {"1": layout()}, 2: {"dp2": layout(), "tp2+sp": layout(tp=2), "pp2": layout(pp=2), "pp2·vpp2": layout(pp=2, vpp=2)}}
-EXPERTS = {1: DENSE[1], 2: DENSE[2] | {"ep2": layout(ep=2), "tp2·ep2·etp1+sp": layout(tp=2, ep=2, etp=1)}}
+DENSE = {1: {"1": layout()}, 2: {"dp2": layout(), "tp2+sp": layout(tp=2), "pp2": layout(pp=2), "pp2·vpp2": layout(pp=2, vpp=2)},
+         4: {"tp2·pp2": layout(tp=2, pp=2), "tp2·cp2": layout(tp=2, cp=2), "pp2·vpp2·dp2": layout(pp=2, vpp=2)}}
+EXPERTS = {1: DENSE[1], 2: DENSE[2] | {"ep2": layout(ep=2), "tp2·ep2·etp1+sp": layout(tp=2, ep=2, etp=1)},
+           4: {"pp2·ep2": layout(pp=2, ep=2), "tp2·ep2·etp1·dp2": layout(tp=2, ep=2, etp=1), "tp2·pp2·ep2·etp1": layout(tp=2, pp=2, ep=2, etp=1),
+               "cp2·ep2": layout(cp=2, ep=2)}}
 
 
 def case_dense() -> dict[str, Any]:
@@ -38,7 +41,7 @@ def case_latent_attention() -> dict[str, Any]:
 
 def case_bf16_with_master_weights() -> dict[str, Any]:
     """And fp32 router biases."""
-    few = {1: EXPERTS[1], 2: {k: EXPERTS[2][k] for k in ("tp2+sp", "pp2", "ep2")}}
+    few = {1: EXPERTS[1], 2: {k: EXPERTS[2][k] for k in ("tp2+sp", "pp2", "ep2")}, 4: {"pp2·ep2": EXPERTS[4]["pp2·ep2"]}}
     return every_pair("glm4_moe", few, torch.bfloat16)
 
 

@@ -304,5 +304,23 @@ def case_updates_need_an_idle_engine() -> None:
     assert serve(on_first([request(1, PROMPTS[0], 4, seed=1)]))[f"{1:016x}"].weight_version == 20
 
 
+def case_norms_on_latents_have_their_own_epsilon() -> None:
+    """SGLang's latent attention can't run on a CPU, but is made."""
+    from types import SimpleNamespace
+
+    from sglang.srt.models.deepseek_v2 import DeepseekV2AttentionMLA as Attention
+
+    from rlmono.engine.compat import override_latent_norms
+    kept, config = Attention.__init__, SimpleNamespace(rms_norm_eps=1e-5, architectures=["DeepseekV3ForCausalLM"])
+    sizes = dict(hidden_size=64, num_heads=4, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=24, kv_lora_rank=32, layer_id=0, skip_rope=True)
+    assert Attention(config, q_lora_rank=48, **sizes).kv_a_layernorm.variance_epsilon == 1e-5, "SGLang has changed: is the override still needed?"
+    try:
+        override_latent_norms(Attention, 1e-6)
+        both, alone = (Attention(config, q_lora_rank=rank, **sizes) for rank in (48, None))
+    finally:
+        Attention.__init__ = kept
+    assert both.q_a_layernorm.variance_epsilon == both.kv_a_layernorm.variance_epsilon == alone.kv_a_layernorm.variance_epsilon == 1e-6
+
+
 if __name__ == "__main__":
     run_cases(globals())

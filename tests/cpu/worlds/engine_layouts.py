@@ -18,8 +18,6 @@ import torch
 import torch.distributed as dist
 from host import Host, request
 
-from rlmono.rollout.schedule import plan_step
-
 FOLDER, FAMILY = Path(sys.argv[1]), sys.argv[2]
 CHANGED = {k: float(v) for k, v in (word.split("=") for word in sys.argv[3:])}
 LIMIT = 1e-5
@@ -58,19 +56,13 @@ def case_every_layout() -> dict[str, float]:
     return out
 
 
-def share(trainer: Any, batch: list[Any]) -> Any:
-    rank, size = trainer.data_parallel
-    plan = plan_step(range(len(batch)), [len(tiny.tokens_of(s)) for s in batch], trainer.config, size)[rank]
-    return tiny.batch(batch, tiny.step([[batch[i] for i in pack] for pack in plan], batch))
-
-
 def difference(trainer: Any, batch: list[Any], answers: dict[int, Any]) -> float:
-    found = layouts.gathered_log_probs(trainer, share(trainer, batch))
+    found = layouts.gathered_log_probs(trainer, layouts.share_of(trainer, batch))
     return max(float((found[i] - torch.tensor(log_probs)).abs().max()) for i, (_, log_probs) in answers.items())
 
 
 def train(trainer: Any, batch: list[Any]) -> float:
-    metrics = trainer.train(share(trainer, batch))
+    metrics = trainer.train(layouts.share_of(trainer, batch))
     return next(x for x in layouts.everywhere(metrics["train/grad_norm"] if trainer.reports else None) if x is not None)    # type: ignore[no-any-return]
 
 

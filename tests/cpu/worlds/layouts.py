@@ -95,6 +95,23 @@ def case_other_ways_to_recompute() -> dict[str, Any]:
     return out
 
 
+def case_routers_biases_follow_the_load() -> None:
+    """With an update rate: to the same values on every layout."""
+    world, file = dist.get_world_size(), FOLDER / "glm4_moe" / "biases.pt"
+    if world == 4 or not (ALL or world == 1):
+        return
+    for title, where in {1: {"1": layout()}, 2: {k: EXPERTS[2][k] for k in ("dp2", "ep2", "pp2", "cp2", "tp2·ep2·etp1+sp")}}[world].items():
+        trainer = build("glm4_moe", where, changed={"moe_router_bias_update_rate": 0.01})
+        before = biases(trainer)
+        trainer.train(share_of(trainer, samples()))
+        after = biases(trainer)
+        assert len(after) == 3 and all(abs(float((after[k] - x).abs().max()) - 0.01) < 1e-6 for k, x in before.items()), f"{title}: {after}"
+        if world == 1:
+            torch.save(after, file)
+        differing = [k for k, x in torch.load(file).items() if not torch.equal(after[k], x)]
+        assert not differing, f"{title}: {differing}"
+
+
 def case_checkpoint_moves() -> dict[str, Any]:
     """From expert to tensor parallel ranks; every other pair is worlds/checkpoints.py's."""
     if dist.get_world_size() != 2 or not ALL:
@@ -216,10 +233,8 @@ def measure(name: str, where: dict[str, Any], per_token: bool) -> dict[str, Any]
     """One training step on this layout: what the ranks found, put together."""
     trainer = build(name, where, per_token)
     before = assert_exports(name, trainer)
-    batch = samples()
-    rank, size = trainer.data_parallel
-    packs = [[batch[i] for i in pack] for pack in plan_step(range(len(batch)), [len(tiny.tokens_of(s)) for s in batch], trainer.config, size)[rank]]
-    mine = tiny.batch(batch, tiny.step(packs, batch))
+    mine = share_of(trainer, samples())
+    packs = mine.steps[0].packs
     log_probs = gathered_log_probs(trainer, mine)
     routed, calls = count_routed(trainer), count_attention(trainer)
     kept: dict[str, Any] = {}
@@ -238,6 +253,17 @@ def measure(name: str, where: dict[str, Any], per_token: bool) -> dict[str, Any]
     loss = next(x for x in everywhere(metrics.get("train/loss") if trainer.reports else None) if x is not None)
     return {"loss": loss, "log_probs": log_probs, "routed": total(routed), "gradients": gradients, "updates": moved,
             "tokens_per_s": speed(trainer, mine) if SPEED else None}
+
+
+def biases(trainer: Any) -> dict[str, torch.Tensor]:
+    return {k: x for k, x in tiny.exported(trainer).items() if "e_score_correction_bias" in k}
+
+
+def share_of(trainer: Any, batch: list[Any]) -> Any:
+    """What this rank trains on of a step."""
+    rank, size = trainer.data_parallel
+    packs = [[batch[i] for i in pack] for pack in plan_step(range(len(batch)), [len(tiny.tokens_of(s)) for s in batch], trainer.config, size)[rank]]
+    return tiny.batch(batch, tiny.step(packs, batch))
 
 
 def speed(trainer: Any, batch: Any) -> float:

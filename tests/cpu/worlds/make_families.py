@@ -40,6 +40,8 @@ def configs() -> dict[str, Any]:
     latent: dict[str, Any] = dict(q_lora_rank=48, kv_lora_rank=32, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=24)
     odd = base | dict(vocab_size=VOCABULARY + 1)        # two tensor-parallel ranks pad it
     without = {k: v for k, v in base.items() if k != "head_dim"}
+    # Norms on latents have another than all others.
+    other_eps = dict(rms_norm_eps=1e-3)
     return {
         "qwen2": tf.Qwen2Config(**without), "qwen3": tf.Qwen3Config(**odd), "qwen3_tied": tf.Qwen3Config(**odd | dict(tie_word_embeddings=True)),
         "qwen3_five": tf.Qwen3Config(**base | dict(num_hidden_layers=5)),
@@ -47,10 +49,10 @@ def configs() -> dict[str, Any]:
         "qwen3_moe": tf.Qwen3MoeConfig(**base, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=48, norm_topk_prob=True),
         "qwen3_moe_presoftmax": tf.Qwen3MoeConfig(**base, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=48, norm_topk_prob=False),
         "glm4_moe": tf.Glm4MoeConfig(**base, **experts, attention_bias=True, use_qk_norm=True, num_experts_per_tok=2, partial_rotary_factor=0.5),
-        "deepseek_v3": tf.DeepseekV3Config(**without | dict(num_key_value_heads=4), **experts, **latent, num_experts_per_tok=4, n_group=4,
+        "deepseek_v3": tf.DeepseekV3Config(**without | dict(num_key_value_heads=4) | other_eps, **experts, **latent, num_experts_per_tok=4, n_group=4,
                                            topk_group=2, rope_parameters=yarn),
-        "moonlight": tf.DeepseekV3Config(**without | dict(num_key_value_heads=4), **experts, **latent | dict(q_lora_rank=None), num_experts_per_tok=2,
-                                         n_group=1, topk_group=1),
+        "moonlight": tf.DeepseekV3Config(**without | dict(num_key_value_heads=4) | other_eps, **experts, **latent | dict(q_lora_rank=None),
+                                         num_experts_per_tok=2, n_group=1, topk_group=1),
     }
 
 

@@ -61,13 +61,7 @@ def load(name: str, where: dict[str, Any], folder: Path, dtype: torch.dtype = to
 def step(trainer: Any) -> dict[str, float]:
     """One step on all samples: its loss and learning rate, on every rank."""
     import layouts
-    import tiny
-
-    from rlmono.rollout.schedule import plan_step
-    batch = layouts.samples()
-    rank, size = trainer.data_parallel
-    plan = plan_step(range(len(batch)), [len(tiny.tokens_of(s)) for s in batch], trainer.config, size)[rank]
-    metrics = trainer.train(tiny.batch(batch, tiny.step([[batch[i] for i in pack] for pack in plan], batch)))
+    metrics = trainer.train(layouts.share_of(trainer, layouts.samples()))
     values = {"loss": metrics["train/loss"], "lr": metrics["train/lr"]} if trainer.reports else None
     return next(v for v in layouts.everywhere(values) if v is not None)     # type: ignore[no-any-return]
 
