@@ -10,7 +10,9 @@ Shape = Mapping[str, Any]
 
 
 def base_shape(hf: Shape) -> dict[str, Any]:
-    """What all decoders say alike, by Megatron's names."""
+    """What all decoders say alike, by Megatron's names. Raises ValueError for sliding windows, which attention here does not have."""
+    if hf.get("sliding_window") is not None and hf.get("use_sliding_window", True):
+        raise ValueError(f"config.json: sliding_window {hf['sliding_window']} is not supported; known: full attention")
     heads = hf["num_attention_heads"]
     return dict(
         num_layers=hf["num_hidden_layers"], hidden_size=hf["hidden_size"], ffn_hidden_size=hf["intermediate_size"], num_attention_heads=heads,

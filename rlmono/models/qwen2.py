@@ -12,6 +12,4 @@ tensors = decoder
 def shape_from_hf(hf: Shape) -> dict[str, Any]:
     """Bias on queries, keys and values, always."""
     refuse_scaled_rope(hf)
-    if hf.get("use_sliding_window"):
-        raise ValueError("config.json: use_sliding_window is not supported; known: full attention")
     return {**base_shape(hf), "add_qkv_bias": True}

@@ -160,6 +160,8 @@ def wrap(config: Config, tf_config: TransformerConfig, chunks: list[GPTModel]) -
                                        disable_bucketing=i > 0) for i, c in enumerate(chunks)]
     # The schedule would divide by a token count: our loss is already weighted, so there is nothing to pass on.
     tf_config.finalize_model_grads_func = lambda models, _num_tokens, **kw: finalize_model_grads(models, None, **kw)
+    # With --overlap-grad-reduce, gradients of all packs but the last must wait.
+    tf_config.no_sync_func = wrapped[0].no_sync if len(wrapped) == 1 else [w.no_sync for w in wrapped]
     return wrapped
 
 

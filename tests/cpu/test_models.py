@@ -93,6 +93,21 @@ def test_architectures_are_those_of_the_families() -> None:
         shape_from_hf({"architectures": ["GPT2LMHeadModel"]})
 
 
+@pytest.mark.parametrize(("name", "change", "words"), [
+    ("qwen3-4B", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "RoPE scaling 'yarn' is not supported for Qwen3ForCausalLM; known: default"),
+    ("llama3.1-8B", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "known: default, llama3"),
+    ("llama3.1-8B", {"mlp_bias": True}, "mlp_bias is not supported"),
+    ("qwen3-4B", {"sliding_window": 4096, "use_sliding_window": True}, "sliding_window 4096 is not supported"),
+    ("llama3.1-8B", {"sliding_window": 4096}, "sliding_window 4096 is not supported"),
+    ("deepseek-r1", {"topk_group": 2}, "num_experts_per_tok 8 over topk_group 2 is not supported"),
+    ("kimi-k2", {"norm_topk_prob": False}, "norm_topk_prob false is not supported"),
+    ("qwen3-30B-A3B", {"num_experts_per_tok": None}, "'num_experts_per_tok' is missing"),
+])
+def test_what_a_family_does_not_compute_is_refused(name: str, change: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        shape_from_hf({k: v for k, v in (PUBLISHED[name] | change).items() if v is not None})
+
+
 # ---------------------------------------------------------------- argument lists for Megatron
 
 def test_argument_lists_for_megatron_carry_over(tmp_path: Path) -> None:

@@ -112,8 +112,21 @@ def case_routers_biases_follow_the_load() -> None:
         assert not differing, f"{title}: {differing}"
 
 
+OVERLAP = dict(megatron={"overlap_grad_reduce": True, "bucket_size": 20000})
+
+
+def case_gradients_are_summed_during_the_backward_pass() -> dict[str, Any]:
+    """--overlap-grad-reduce, with several buckets."""
+    world = dist.get_world_size()
+    if world == 1 or not ALL:
+        return {}
+    return {f"{name} {title}": compare(f"{name} {title}", measure(name, where | OVERLAP, False), torch.load(reference(name, False)))
+            for name, title, where in {2: [("qwen3", "dp2", layout()), ("qwen3_moe", "ep2", layout(ep=2))],
+                                       4: [("qwen3", "pp2·dp2", layout(pp=2)), ("qwen3", "pp2·vpp2·dp2", layout(pp=2, vpp=2))]}[world]}
+
+
 def case_checkpoint_moves() -> dict[str, Any]:
-    """From expert to tensor parallel ranks; every other pair is worlds/checkpoints.py's."""
+    """From expert to tensor parallel ranks, and from many buckets; every other pair is worlds/checkpoints.py's."""
     if dist.get_world_size() != 2 or not ALL:
         return {}
     store = [tempfile.mkdtemp()]
@@ -121,6 +134,8 @@ def case_checkpoint_moves() -> dict[str, Any]:
     source = Path(store[0]) / "ep2"
     moves.save("qwen3_moe", layout(ep=2), source)
     out = {"ep2 -> tp2+sp": moves.load("qwen3_moe", layout(tp=2), source)}
+    moves.save("qwen3", layout(**OVERLAP), source.with_name("dp2"))
+    out["dp2, many buckets -> pp2"] = moves.load("qwen3", layout(pp=2), source.with_name("dp2"))
     if dist.get_rank() == 0:
         shutil.rmtree(store[0])
     return out
