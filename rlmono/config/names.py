@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import Any, Mapping, Optional
 
@@ -83,6 +84,9 @@ ALWAYS: dict[str, tuple[str, Any, str]] = {
     "seq_length": ("int", ANY, "samples are packed at their own lengths"),
     "attention_backend": ("str", ANY, "attention is rlmono's own, over packed samples"),
     "use_flash_attn": ("bool", ANY, "attention is rlmono's own, over packed samples"),
+    "masked_softmax_fusion": ("bool", ANY, "attention is rlmono's own, over packed samples"),
+    "cross_entropy_loss_fusion": ("bool", ANY, "the loss is rlmono's own, over parts of the vocabulary and chunks of tokens"),
+    "cross_entropy_fusion_impl": ("str", ANY, "the loss is rlmono's own, over parts of the vocabulary and chunks of tokens"),
     "transformer_impl": ("str", ANY, "Transformer Engine is not used"),
     "make_vocab_size_divisible_by": ("int", ANY, "the vocabulary is padded to a multiple of the tensor-parallel size"),
     "moe_grouped_gemm": ("bool", ANY, "experts are computed one after another; a product over all of them needs Transformer Engine"),
@@ -93,11 +97,31 @@ ALWAYS: dict[str, tuple[str, Any, str]] = {
 ANOTHER_MODEL = frozenset(
     "softmax_scale softmax_type apply_residual_connection_post_layernorm layernorm_zero_centered_gamma apply_query_key_layer_scaling activation_func "
     "glu_linear_offset activation_func_clamp_value rotary_interleaved window_size window_attn_skip_freq no_rope_freq mrope_section qk_clip "
-    "attention_output_gate experimental_attention_variant linear_attention_freq is_hybrid_model heterogeneous_block_specs mtp_num_layers "
+    "qk_l2_norm attention_output_gate experimental_attention_variant linear_attention_freq is_hybrid_model heterogeneous_block_specs mtp_num_layers "
     "moe_shared_expert_gate moe_router_topk_limited_devices moe_router_force_load_balancing moe_input_jitter_eps moe_token_dropping moe_latent_size "
     "moe_expert_capacity_factor moe_pad_expert_input_to_capacity moe_apply_probs_on_input rope_type original_max_position_embeddings beta_fast "
     "beta_slow".split())
 """Megatron's names that would make the trainer compute another function than the engine and config.json."""
+
+UNUSABLE = {
+    "needs Transformer Engine, which rlmono does without: leave it out":
+        "fp8* fp4* first_last_layers_bf16 num_layers_at_*_in_bf16 keep_fp8_transpose_cache activation_func_fp8_input_store quant_recipe tp_comm_* "
+        "tp_only_amax_red use_te_* use_kitchen* kitchen_* cpu_offloading* fine_grained_activation_offloading offload_modules "
+        "min_offloaded_tensor_size delay_wgrad_compute overlap_moe_expert_parallel_comm ep_overlap_* symmetric_ar_type "
+        "disable_parameter_transpose_cache fused_single_qkv_rope reuse_grad_buf_for_mxfp8_param_ag moe_router_padding_for_* moe_router_fusion use_fused_weighted_squared_relu store_param_remainders "
+        "exp_avg*_dtype main_*_dtype",
+    "has nothing here that it could change: leave it out":
+        "mamba_* use_mamba_* linear_* dsa_* mtp_* muon_* sgd_momentum *cuda_graph* inference_* flash_decode use_inference_optimized_layers "
+        "mlp_chunks_for_prefill cache_mla_latents *fsdp* *sharding_strategy num_distributed_optimizer_instances cp_comm_type hybrid_context_parallel "
+        "hierarchical_context_parallel_sizes max_seqlen_per_dp_cp_rank barrier_with_L1_time test_mode config_logger_dir log_* loss_scale* "
+        "*_loss_scale hysteresis moe_per_layer_logging moe_enable_routing_replay decoupled_* hetereogenous_dist_checkpoint "
+        "qk_clip_* moe_extended_tp moe_use_legacy_grouped_gemm",
+    "is set by rlmono itself: leave it out":
+        "*autocast* perform_initialization use_cpu_initialization init_model_with_meta_device "
+        "overlap_p2p_comm* batch_p2p_* deallocate_pipeline_outputs pipeline_model_parallel_layout "
+        "microbatch_group_size_per_vp_stage account_for_*_in_pipeline_split average_in_collective",
+}
+"""Megatron's names, with * for any part, that would be taken and do nothing, or fail much later; and why."""
 
 FUNCTIONS = {
     "slime.rollout.filter_hub.dynamic_sampling_filters.check_reward_nonzero_std": "rlmono.rollout.filters.check_reward_nonzero_std",
@@ -200,6 +224,8 @@ def _megatron(name: str) -> Optional[Target]:
     if name in ANOTHER_MODEL:
         raise ValueError("would make the trainer's model another than the engine's, which is that of config.json: leave it out")
     kinds = megatron_names().kinds
+    if name in kinds and (why := next((w for w, names in UNUSABLE.items() if any(fnmatchcase(name, n) for n in names.split())), None)):
+        raise ValueError(why)
     return Target("megatron", name, kinds[name]) if name in kinds else None
 
 

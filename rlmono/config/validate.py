@@ -135,6 +135,11 @@ def _pipeline(config: Config) -> Iterator[str]:
 def _experts(config: Config) -> Iterator[str]:
     model, tp, ep = config.model, config.tensor_model_parallel_size, config.expert_model_parallel_size
     experts, etp = model.get("num_moe_experts"), config.expert_tensor_parallel_size or tp
+    for name in ("moe_aux_loss_coeff", "moe_z_loss_coeff"):
+        if (value := config.megatron.get(name)) not in (None, 0, [0]):
+            yield f"{name} {value}: Megatron would add this loss to each pack, whatever the pack weighs in the step; leave it out"
+    if config.megatron.get("moe_router_load_balancing_type") == "sinkhorn":
+        yield "moe_router_load_balancing_type sinkhorn would send tokens to other experts than the engine does: leave it out"
     if not experts:
         if model and ep > 1:
             yield f"expert_model_parallel_size {ep}: the model has no experts; leave it out"

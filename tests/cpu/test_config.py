@@ -177,8 +177,8 @@ def test_switches(small: Callable[..., Config], flags: str, value: bool) -> None
 
 
 def test_a_switch_that_begins_with_no_is_itself(small: Callable[..., Config]) -> None:
-    c = small("--no-load-optim --no-masked-softmax-fusion --rollout-top-k -1 --rollout-stop-token-ids 1 2")
-    assert c.no_load_optim and c.megatron == {"masked_softmax_fusion": False} and c.rollout_stop_token_ids == (1, 2)
+    c = small("--no-load-optim --no-bias-dropout-fusion --rollout-top-k -1 --rollout-stop-token-ids 1 2")
+    assert c.no_load_optim and c.megatron == {"bias_dropout_fusion": False} and c.rollout_stop_token_ids == (1, 2)
 
 
 def test_launch_variables_are_no_options(small: Callable[..., Config]) -> None:
@@ -218,6 +218,10 @@ def test_megatron_names(small: Callable[..., Config]) -> None:
     ("--eps-clip-c 1", "flag --eps-clip-c is 1.0, but must be above 1"),
     ("--kl-loss-type k4", "flag --kl-loss-type is 'k4', but must be one of k1, k2, k3, low_var_kl"),
     ("--recompute-granularity all", "flag --recompute-granularity is 'all', but must be one of full, selective, auto"),
+    ("--fp8-format e4m3", "flag --fp8-format needs Transformer Engine, which rlmono does without: leave it out"),
+    ("--tp-comm-overlap", "flag --tp-comm-overlap needs Transformer Engine, which rlmono does without: leave it out"),
+    ("--cp-comm-type p2p", "flag --cp-comm-type has nothing here that it could change: leave it out"),
+    ("--average-in-collective", "flag --average-in-collective is set by rlmono itself: leave it out"),
     ("--sglang-tp-size 2", "flag --sglang-tp-size is set by rlmono itself; use --rollout-num-gpus-per-engine"),
     ("--sglang-dp-size many", "flag --sglang-dp-size needs a whole number, but got 'many'"),
     ("--sglang-deepep-mode fast", "flag --sglang-deepep-mode is 'fast', but must be one of auto, normal, low_latency"),

@@ -77,6 +77,14 @@ def test_experts_are_dealt_evenly() -> None:
         "expert_tensor_parallel_size 5 does not divide the model's moe_ffn_hidden_size 768"]
 
 
+@pytest.mark.parametrize(("values", "words"), [
+    ({"moe_aux_loss_coeff": 0.001}, "Megatron would add this loss to each pack"), ({"moe_z_loss_coeff": 1e-4}, "Megatron would add this loss"),
+    ({"moe_router_load_balancing_type": "sinkhorn"}, "would send tokens to other experts than the engine does")])
+def test_losses_and_routing_beside_the_objective_are_refused(values: dict[str, Any], words: str) -> None:
+    (found,) = validate._experts(Config(model=shape_from_hf(PUBLISHED["qwen3-30B-A3B"]), megatron=values))
+    assert words in found
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_weights_of_a_published_model_have_names(name: str) -> None:
     """Each once; as many layers and experts as it has."""
