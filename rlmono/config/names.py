@@ -105,21 +105,21 @@ ANOTHER_MODEL = frozenset(
 
 UNUSABLE = {
     "needs Transformer Engine, which rlmono does without: leave it out":
-        "fp8* fp4* first_last_layers_bf16 num_layers_at_*_in_bf16 keep_fp8_transpose_cache activation_func_fp8_input_store quant_recipe tp_comm_* "
-        "tp_only_amax_red use_te_* use_kitchen* kitchen_* cpu_offloading* fine_grained_activation_offloading offload_modules "
+        "fp8* fp4* first_last_layers_bf16 num_layers_at_*_in_bf16 keep_fp8_transpose_cache activation_func_fp8_input_store quant_recipe "
+        "tp_comm_* tp_only_amax_red use_te_* use_kitchen* kitchen_* cpu_offloading* fine_grained_activation_offloading offload_modules "
         "min_offloaded_tensor_size delay_wgrad_compute overlap_moe_expert_parallel_comm ep_overlap_* symmetric_ar_type "
-        "disable_parameter_transpose_cache fused_single_qkv_rope reuse_grad_buf_for_mxfp8_param_ag moe_router_padding_for_* moe_router_fusion use_fused_weighted_squared_relu store_param_remainders "
-        "exp_avg*_dtype main_*_dtype",
+        "disable_parameter_transpose_cache fused_single_qkv_rope reuse_grad_buf_for_mxfp8_param_ag moe_router_padding_for_* moe_router_fusion "
+        "use_fused_weighted_squared_relu store_param_remainders exp_avg*_dtype main_*_dtype",
     "has nothing here that it could change: leave it out":
         "mamba_* use_mamba_* linear_* dsa_* mtp_* muon_* sgd_momentum *cuda_graph* inference_* flash_decode use_inference_optimized_layers "
-        "mlp_chunks_for_prefill cache_mla_latents *fsdp* *sharding_strategy num_distributed_optimizer_instances cp_comm_type hybrid_context_parallel "
-        "hierarchical_context_parallel_sizes max_seqlen_per_dp_cp_rank barrier_with_L1_time test_mode config_logger_dir log_* loss_scale* "
-        "*_loss_scale hysteresis moe_per_layer_logging moe_enable_routing_replay decoupled_* hetereogenous_dist_checkpoint "
+        "mlp_chunks_for_prefill cache_mla_latents *fsdp* *sharding_strategy num_distributed_optimizer_instances cp_comm_type "
+        "hybrid_context_parallel hierarchical_context_parallel_sizes max_seqlen_per_dp_cp_rank barrier_with_L1_time test_mode config_logger_dir "
+        "log_* loss_scale* *_loss_scale hysteresis moe_per_layer_logging moe_enable_routing_replay decoupled_* hetereogenous_dist_checkpoint "
         "qk_clip_* moe_extended_tp moe_use_legacy_grouped_gemm",
     "is set by rlmono itself: leave it out":
-        "*autocast* perform_initialization use_cpu_initialization init_model_with_meta_device "
-        "overlap_p2p_comm* batch_p2p_* deallocate_pipeline_outputs pipeline_model_parallel_layout "
-        "microbatch_group_size_per_vp_stage account_for_*_in_pipeline_split average_in_collective",
+        "*autocast* perform_initialization use_cpu_initialization init_model_with_meta_device overlap_p2p_comm* batch_p2p_* "
+        "deallocate_pipeline_outputs pipeline_model_parallel_layout microbatch_group_size_per_vp_stage account_for_*_in_pipeline_split "
+        "average_in_collective",
 }
 """Megatron's names, with * for any part, that would be taken and do nothing, or fail much later; and why."""
 
