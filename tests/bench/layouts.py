@@ -1,12 +1,14 @@
-"""Layouts and families on CPU: `python tests/bench/layouts.py [RANKS …]`. Writes docs/benchmarks/layouts.json and docs/benchmarks.md.
+"""Layouts and families on CPU: `python tests/bench/layouts.py [PART …] [--ranks N …]`. Writes docs/benchmarks/layouts.json and docs/benchmarks.md.
 
-By default on 2 and on 4 ranks; figures of other numbers of ranks are kept. The models are tiny: tokens a second say what a layout costs in calls and
-messages here, not what it does on GPUs. The machine should do nothing else.
+`differences` compares every layout with one rank, in every way (10 minutes); `speed` trains a few steps on each against the clock
+(5 minutes), and the machine should do nothing else. By default both, on 2 and on 4 ranks; other figures are kept. The models are tiny: tokens a second say what a layout
+costs in calls and messages here, not what it does on GPUs.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -17,6 +19,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 CASES = ("case_dense", "case_dense_tied", "case_uneven_stages", "case_experts", "case_shared_expert_and_sigmoid_router", "case_latent_attention")
+PARTS = {"differences": "all", "speed": "speed"}
+"""And the argument of worlds/layouts.py."""
 TARGETS = {"loss": "<= 1e-6", "log_probs": "<= 1e-5", "gradients": "<= 1e-5", "updates": "<= 1e-5"}
 TITLES = {"loss": "Loss: relative difference", "log_probs": "Logprobs: largest difference", "gradients": "Gradients: ‖Δ‖ / ‖g‖ of the worst tensor",
           "updates": "An optimizer step: ‖Δ‖ / ‖step‖ of the worst tensor", "tokens_per_s": "Tokens a second and rank, trained"}
@@ -29,27 +33,33 @@ def main() -> int:
     import figures
     from torchrun import WORLDS, run_world
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("ranks", nargs="*", type=int, choices=(2, 4), default=(2, 4))
-    sizes = [1, *parser.parse_args().ranks]
+    parser.add_argument("parts", nargs="*", default=[*PARTS], help=f"{', '.join(PARTS)}; the other's figures are kept")
+    parser.add_argument("--ranks", nargs="*", type=int, choices=(2, 4), default=(2, 4))
+    given = parser.parse_args()
+    if unknown := set(given.parts) - PARTS.keys():
+        parser.error(f"no part is called {', '.join(sorted(unknown))}: {', '.join(PARTS)}")
+    parts, sizes = given.parts, [1, *given.ranks]
+    os.environ["CASES"] = ",".join(CASES)       # of the world's
     found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, str(WORLDS / "make_families.py"), folder], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
-        for ranks in sizes:
-            results = run_world(WORLDS / "layouts.py", ranks, folder, "all", "speed", timeout_s=3600)
+        for part, ranks in itertools.product(parts, sizes):
+            results = run_world(WORLDS / "layouts.py", ranks, folder, PARTS[part], timeout_s=3600)
             for case in CASES:
                 results[case].check()
-                found += figures_of(results[case].values, ranks, figures.this_machine())
+                found += figures_of(part, results[case].values, ranks, figures.this_machine())
     path = figures.FOLDER / "layouts.json"
-    kept = [f for f in (json.loads(path.read_text()) if path.exists() else []) if f["ranks"] not in sizes]
+    mine = {(f["command"], f["ranks"]) for f in found}
+    kept = [f for f in (json.loads(path.read_text()) if path.exists() else []) if (f["command"], f["ranks"]) not in mine]
     figures.write("layouts", sorted(kept + found, key=lambda f: (list(TITLES.values()).index(f["table"]), f["ranks"])))
-    for what in TARGETS:
-        worst = max((f for f in found if f["table"] == TITLES[what]), key=lambda f: f["value"])
+    for title in {f["table"] for f in found if f["target"]}:
+        worst = max((f for f in found if f["table"] == title), key=lambda f: f["value"])
         print(f"{worst['name']}: {worst['value']:.1e}  {worst['target']}")
     return 0 if all(map(figures.met, found)) else 1
 
 
-def figures_of(values: dict[str, dict[str, Any]], ranks: int, machine: str) -> list[dict[str, Any]]:
-    """A figure for each layout, family and quantity from {"family layout …": {quantity: value}}; of several ways the worst."""
+def figures_of(part: str, values: dict[str, dict[str, Any]], ranks: int, machine: str) -> list[dict[str, Any]]:
+    """A figure for each layout, family and quantity of the part, from {"family layout …": {quantity: value}}; of several ways the worst."""
     ways: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for label, found in values.items():
         family, layout, *_ = label.split()
@@ -57,14 +67,16 @@ def figures_of(values: dict[str, dict[str, Any]], ranks: int, machine: str) -> l
     out = []
     for (family, layout), several in ways.items():
         for what, title in TITLES.items():
+            if (what == "tokens_per_s") != (part == "speed"):
+                continue
             numbers = [way[what] for way in several if way.get(what) is not None]
             if not numbers:
                 continue
-            speed = what == "tokens_per_s"
+            speed = part == "speed"
             out.append({"name": f"{title}, {family}, {layout} on {ranks} ranks", "table": title, "row": f"{layout} ({ranks})", "column": family,
                         "value": max(numbers), "unit": "tokens/s" if speed else "", "target": TARGETS.get(what, ""),
                         "reference": "208 tokens a step, 4 layers of 64" if speed else REFERENCE, "ranks": ranks,
-                        "command": "python tests/bench/layouts.py", "machine": machine})
+                        "command": f"python tests/bench/layouts.py {part}", "machine": machine})
     return out
 
 

@@ -1,7 +1,7 @@
 """Every layout against one rank: export, routing, loss, logprobs, gradients, one optimizer update; and every family against transformers.
 
-`layouts.py FOLDER [all] [speed]`: run on 1 rank first (it writes what the others compare with), then on 2, then on 4. With `speed` each layout
-also trains a few steps against the clock.
+`layouts.py FOLDER [all | speed]`: run on 1 rank first (it writes what the others compare with), then on 2, then on 4. By default in two ways, with
+`all` in four; with `speed` in the plainest, and each layout also trains a few steps against the clock.
 """
 
 from __future__ import annotations
@@ -211,7 +211,7 @@ def case_logprobs_of_every_family() -> dict[str, Any]:
 def like_one_rank(name: str, layouts: dict[int, dict[str, dict[str, Any]]]) -> dict[str, Any]:
     """What `compare` found, by layout. On one rank: write the references."""
     world, out = dist.get_world_size(), {}
-    kinds = list(itertools.product((False, True), ({}, RECOMPUTE))) if ALL else [(False, {}), (True, RECOMPUTE)]
+    kinds = list(itertools.product((False, True), ({}, RECOMPUTE))) if ALL else [(False, {}), *([] if SPEED else [(True, RECOMPUTE)])]
     if world == 1:
         for per_token in {k for k, _ in kinds}:
             found = measure(name, layout(), per_token)
