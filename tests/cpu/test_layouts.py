@@ -102,4 +102,4 @@ def test_the_engine_agrees_after_an_update_from_every_layout(folder: Path) -> No
         run_world(ENGINE, ranks, str(folder), *arguments, timeout_s=900)["case_every_layout"].check()
     done = subprocess.run([sys.executable, str(WORLDS / "score.py"), str(folder)], stdout=subprocess.PIPE, check=True, timeout=600, env=ENVIRON)
     found = json.loads(done.stdout.splitlines()[-1])
-    assert len(found) >= 6 + 7 + 7 + 7 + 10 + 1 and max(found.values()) <= 1e-5, found
+    assert len(found) >= 6 + 7 + 7 + 7 + 9 + 1 and max(found.values()) <= 1e-5, found
