@@ -321,7 +321,7 @@ def build(name: str, where: dict[str, Any], per_token: bool = False, dtype: torc
 
 
 def samples(of: list[list[int]] | None = None) -> list[Any]:
-    return [tiny.sample(i, i // 4, 0.0, ids, response_of(len(ids)), [1] * response_of(len(ids)), []) for i, ids in enumerate(of or sequences())]
+    return [tiny.sample(i, i // 4, 0.0, ids, n, [1] * n, []) for i, ids in enumerate(of or sequences()) for n in [response_of(len(ids))]]
 
 
 def log_probs_of(trainer: Any, batch: list[Any]) -> list[torch.Tensor]:
