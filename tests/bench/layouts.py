@@ -1,8 +1,8 @@
 """Layouts and families on CPU: `python tests/bench/layouts.py [PART …] [--ranks N …]`. Writes docs/benchmarks/layouts.json and docs/benchmarks.md.
 
 `differences` compares every layout with one rank, in every way (10 minutes); `speed` trains a few steps on each against the clock
-(5 minutes), and the machine should do nothing else. By default both, on 2 and on 4 ranks; other figures are kept. The models are tiny: tokens a second say what a layout
-costs in calls and messages here, not what it does on GPUs.
+(5 minutes), and the machine should do nothing else. By default both, on 2 and on 4 ranks; other figures are kept. The models are tiny:
+tokens a second say what a layout costs in calls and messages here, not what it does on GPUs.
 """
 
 from __future__ import annotations
