@@ -224,8 +224,8 @@ def _megatron(name: str) -> Optional[Target]:
     if name in ANOTHER_MODEL:
         raise ValueError("would make the trainer's model another than the engine's, which is that of config.json: leave it out")
     kinds = megatron_names().kinds
-    if name in kinds and (why := next((w for w, names in UNUSABLE.items() if any(fnmatchcase(name, n) for n in names.split())), None)):
-        raise ValueError(why)
+    if name in kinds and (problem := next((w for w, names in UNUSABLE.items() if any(fnmatchcase(name, n) for n in names.split())), None)):
+        raise ValueError(problem)
     return Target("megatron", name, kinds[name]) if name in kinds else None
 
 
