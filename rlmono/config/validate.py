@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import re
 import string
@@ -38,8 +39,14 @@ def validated(config: Config, environ: Mapping[str, str]) -> Config:
     except ConfigError as error:
         problems += error.problems
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError([_with_source(config, p) for p in problems])
     return _derived(config, plan)
+
+
+def _with_source(config: Config, problem: str) -> str:
+    """A problem that begins with an option's name, and where its value is from, if the user gave it."""
+    source = config.origin.get(problem.split(maxsplit=1)[0].rstrip(":"), "default")
+    return problem if source == "default" else f"{problem} ({source})"
 
 
 def layout_only(config: Config, environ: Mapping[str, str]) -> Config:
@@ -340,6 +347,17 @@ def _function(name: str, value: str) -> Iterator[str]:
         yield f"{name} {value} is not of the form module.function or file.py:function"
     elif not colon and find_spec(value.partition(".")[0]) is None:
         yield f"{name} {value}: there is no module {value.partition('.')[0]} here (PYTHONPATH?)"
+    elif colon and (defined := _without(Path(file), function)) is not None:
+        near = difflib.get_close_matches(function, defined, 3)
+        yield f"{name} {value}: {file} has no {function!r}" + (f"; near: {', '.join(near)}" if near else "")
+
+
+def _without(file: Path, function: str) -> list[str] | None:
+    """The functions that a file defines, where another's name is nowhere in it, so that it can't have that one; without running it."""
+    text = file.read_text(encoding="utf-8", errors="replace")
+    if re.search(rf"\b{re.escape(function)}\b|import \*|__getattr__|globals\(", text):
+        return None
+    return re.findall(r"^(?:async )?def (\w+)", text, re.MULTILINE)
 
 
 def _data(config: Config) -> Iterator[str]:

@@ -77,7 +77,8 @@ def read_env_file(path: str, environ: Mapping[str, str], problems: list[str]) ->
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        problems.append(f"env file {path} cannot be read: {error}")
+        why = error.strerror if isinstance(error, OSError) else error
+        problems.append(f"env file {path} cannot be read: {why}")
         return []
     known, given = dict(environ), []
     for number, line in enumerate(lines, 1):

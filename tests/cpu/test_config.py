@@ -13,6 +13,7 @@ from typing import Any, Callable, Mapping, Optional
 import pytest
 import seeds
 
+from rlmono import quickstart
 from rlmono.config import docs, foreign
 from rlmono.config.batches import batch_arithmetic
 from rlmono.config.kinds import kind_of, parse
@@ -251,7 +252,7 @@ def test_wrong_env_file(small: Callable[..., Config], tmp_path: Path) -> None:
         f"{file}:2: is not NAME=value: 'RLMONO_SEED'",
         f"{file}:5: the value of RLMONO_LR is not one word: put it in quotes ('a b')",
         f"{file}:6: NOWHERE is not set; export it, or write ${{NOWHERE:-default}}",
-        f"env file {tmp_path}/none.env cannot be read: [Errno 2] No such file or directory: '{tmp_path}/none.env'",
+        f"env file {tmp_path}/none.env cannot be read: No such file or directory",
         f"{file}:3: RLMONO_LRR is not an option; did you mean RLMONO_LR?",
         f"{file}:7: RLMONO_EPS_CLIP is -1.0, but must be at least 0"]
 
@@ -297,9 +298,10 @@ def test_wrong_env_file(small: Callable[..., Config], tmp_path: Path) -> None:
     ("--custom-rm-path reward", "custom_rm_path reward is not of the form module.function or file.py:function"),
     ("--custom-rm-path no_such_module.f", "there is no module no_such_module here"),
     ("--custom-rm-path /nowhere.py:f", "there is no file /nowhere.py"),
+    (f"--custom-rm-path {quickstart.__file__}:rewards", "quickstart.py has no 'rewards'; near: reward (flag --custom-rm-path)"),
+    ("--save-interval 5", "save_interval 5 needs --save (flag --save-interval)"),
     ("--rollout-max-context-len 50000", "rollout_max_context_len 50000 is above the model's max_position_embeddings 40960"),
     ("--rollout-max-response-len 40960", "rollout_max_response_len 40960 leaves no room for a prompt"),
-    ("--save-interval 5", "save_interval 5 needs --save"),
     ("--min-lr 1", "min_lr 1 is above lr 1e-06"),
     ("--rm-type remote_rm", "rm_type remote_rm needs --rm-url"), ("--rm-url host:80", "rm_url host:80 is not an http:// or https:// address"),
     ("--rm-type dapo", "rm_type dapo returns a dict: name the key of its number with --reward-key score"),
