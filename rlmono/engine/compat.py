@@ -11,8 +11,11 @@ import importlib.machinery
 import importlib.metadata
 import importlib.util
 import os
+import re
 import sys
+import threading
 import types
+from pathlib import Path
 from typing import Any, Callable, Iterable, Optional
 
 import torch
@@ -46,6 +49,27 @@ def prepare_cpu() -> None:
         _stand_in("IPython", display=display, version_info=(8, 24))     # matplotlib asks whoever has IPython for its version
     if importlib.util.find_spec("triton") is None:
         _install_triton_stub()
+
+
+def import_only(architecture: str) -> None:
+    """Of SGLang's 200 model files, import the one that has this architecture (and what it imports): SGLang has a variable for that. Before
+    anything of SGLang is imported; a value that the user has set stays."""
+    spec = importlib.util.find_spec("sglang")
+    assert spec is not None and spec.submodule_search_locations
+    files = sorted((Path(spec.submodule_search_locations[0]) / "srt" / "models").glob("*.py"))
+    has_it = re.compile(rf"^class {re.escape(architecture)}\b", re.MULTILINE)
+    if any(has_it.search(f.read_text()) for f in files):
+        others = (f.stem for f in files if not has_it.search(f.read_text()))
+        os.environ.setdefault("SGLANG_DISABLED_MODEL_ARCHS", ",".join(others))
+
+
+def import_early(architecture: str) -> None:
+    """Begin to import SGLang in a thread: that takes seconds in which a trainer's weights can be read. Whoever imports it later waits for the
+    thread, and gets its error if it had one."""
+    check_version()
+    prepare_cpu()
+    import_only(architecture)
+    threading.Thread(target=importlib.import_module, args=("sglang.srt.managers.scheduler",), name="import sglang", daemon=True).start()
 
 
 def copies_of_weights(model: torch.nn.Module) -> list[torch.nn.Module]:

@@ -37,6 +37,7 @@ class Engine:
                  memory_saver: bool = False):
         compat.check_version()
         compat.prepare_cpu()
+        compat.import_only(config.model["architecture"])
         from rlmono.engine.arguments import server_args
         from rlmono.engine.groups import make_groups
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import rlmono.trainer.trainer  # noqa: F401 - Megatron's modules are imported before the thread begins with SGLang's
+from rlmono.engine.compat import import_early
 from rlmono.loop.device import build_engine, build_trainer, ready, receive_batch, restore_random
 from rlmono.loop.profiling import RankPhases
 from rlmono.loop.saver import Saver
@@ -16,6 +18,7 @@ def run(world: World, plan: RunPlan, link: HostLink) -> None:
     config = world.config
     memory = open_memory(world, plan)
     with memory.explained():
+        import_early(config.model["architecture"])
         trainer = build_trainer(world, plan)
         settle(memory, world, trainer)
         engine = build_engine(world, link, memory_saver=memory.saver is not None)
