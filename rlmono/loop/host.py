@@ -10,7 +10,7 @@ from typing import Any, Callable, Coroutine, Optional
 
 import zmq.asyncio
 
-from rlmono.checkpoint.store import CheckpointStore, find_checkpoint
+from rlmono.checkpoint.store import Checkpoint, CheckpointStore, find_checkpoint
 from rlmono.config.evals import eval_sets
 from rlmono.config.schema import Config
 from rlmono.config.show import resolved
@@ -150,7 +150,16 @@ def plan_run(config: Config, attempt: str) -> tuple[Prompts | SavedRollouts, Run
         store.refuse_other_runs(start)
     reference = _source(config.ref_load or config.hf_checkpoint or "", config)
     return prompts, RunPlan(start, prompts.num_rollout, prompts.num_rollout * prompts.steps_per_rollout, actor, reference, "",
-                            tuple(f"refused: {text}" for text in checkpoint.refused) if checkpoint else (), *_other_models(config, actor))
+                            _notes(config, checkpoint, actor), *_other_models(config, actor))
+
+
+def _notes(config: Config, checkpoint: Optional[Checkpoint], actor: Source) -> tuple[str, ...]:
+    """What a person should know of where the run begins: a --load of its own that has nothing may be a slip of the pen."""
+    if checkpoint is not None:
+        return tuple(f"refused: {text}" for text in checkpoint.refused)
+    if config.load and config.load != config.save and not _is_hf(config.load):
+        return (f"note: --load {config.load} has no checkpoint: the run begins with {actor.folder}",)
+    return ()
 
 
 def _other_models(config: Config, actor: Source) -> tuple[Optional[Source], Optional[Source]]:

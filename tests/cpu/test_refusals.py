@@ -86,6 +86,13 @@ def test_torn_checkpoints_alone_are_no_fresh_start(task: Path, tmp_path: Path) -
     assert f"{tmp_path}: no checkpoint here can be used" in found and "manifest.json is missing" in found
 
 
+def test_a_load_folder_without_a_checkpoint_is_told(task: Path, tmp_path: Path) -> None:
+    config: Config = dataclasses.replace(resolve(flags(task), {}), load=str(tmp_path / "nothing"))
+    assert plan_run(config, "attempt")[1].notes == (f"note: --load {tmp_path}/nothing has no checkpoint: the run begins with {task}/model",)
+    both = dataclasses.replace(config, save=config.load, save_interval=1)
+    assert plan_run(both, "attempt")[1].notes == ()         # the usual first start
+
+
 def test_untested_versions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from rlmono.engine.compat import check_version
     from rlmono.trainer.compat import _check_version
