@@ -239,5 +239,5 @@ PLOTS = (
          (*PHASES, "perf/step_time"), _time),
     Plot("throughput", "Throughput", "Tokens generated a second, a device, and the share of the engines' time after they were last full.",
          ("perf/tokens_per_gpu_per_sec",),
-         _panels(("perf/tokens_per_gpu_per_sec", "tokens/s a device", TEAL), ("perf/engine_slack_ratio", "share of time with slack", RED))),
+         _panels(("perf/tokens_per_gpu_per_sec", "tokens/s a device", TEAL), ("perf/engine_slack_ratio", "share with slack", RED))),
 )
