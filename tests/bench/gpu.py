@@ -88,7 +88,7 @@ def rig(a: argparse.Namespace, sections: list[str], made: Path, out: Path, token
 
 
 def user_run(made: Path, work: Path, tokens: int, gpu: bool, a: argparse.Namespace) -> list[str]:
-    """Three rollouts, policy auto, with a profile."""
+    """Three rollouts, policy auto."""
     prompts, samples, pack = ("32", "8", "8192") if gpu else ("2", "2", "512")
     more = ["--sglang-mem-fraction-static", "0.7", "--sglang-cuda-graph-max-bs-decode", "256", "--recompute-granularity", "auto"] if gpu else []
     return [*torchrun(a.ranks + 1), "-m", "rlmono", "train", "--run-dir", str(work / "run"), "--progress", "plain",
@@ -96,7 +96,7 @@ def user_run(made: Path, work: Path, tokens: int, gpu: bool, a: argparse.Namespa
             "--label-key", "label", "--apply-chat-template", "--custom-rm-path", "rlmono.quickstart.reward", "--num-rollout", "3",
             "--rollout-batch-size", prompts, "--n-samples-per-prompt", samples, "--rollout-max-response-len", str(tokens),
             "--use-dynamic-batch-size", "--max-tokens-per-gpu", pack, "--colocate", "--lr", "1e-6", "--tensor-model-parallel-size", str(a.tp),
-            "--rollout-num-gpus-per-engine", str(a.engine_tp), "--profile", *more]
+            "--rollout-num-gpus-per-engine", str(a.engine_tp), *more]
 
 
 def call(name: str, command: list[str], out: Path, limit_s: float, more: dict[str, str] | None = None) -> int:

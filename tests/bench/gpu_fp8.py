@@ -25,9 +25,13 @@ def main() -> int:
     figures: list[dict[str, Any]] = []
     for shape, what in ((TRAINED, "accuracy"), (GENERATED, "speed")):
         bf16, fp8 = make(shape, work)
-        rows = {kind: run(folder, work / f"run-{what}-{kind}", what) for kind, folder in (("bf16", bf16), ("fp8", fp8)) if folder is not None}
-        figures += (accuracy if what == "accuracy" else speed)(shape, rows)
-        (out / "fp8.json").write_text(json.dumps(figures, indent=1))
+        rows: dict[str, list[dict[str, Any]]] = {}
+        for kind, folder in (("bf16", bf16), ("fp8", fp8)):
+            if folder is not None:
+                rows[kind] = run(folder, work / f"run-{what}-{kind}", what)
+                made = figures + (accuracy if what == "accuracy" else speed)(shape, rows)
+                (out / "fp8.json").write_text(json.dumps(made, indent=1))
+        figures = made
         shutil.rmtree(bf16.parent)
     return 0
 
