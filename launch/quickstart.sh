@@ -25,6 +25,7 @@ while [ $# -gt 0 ]; do
 done
 
 if [ "$kind" = gpu ]; then
+    [ -e /dev/nvidiactl ] || [ -e /dev/nvidia0 ] || die "--gpu: there is no NVIDIA GPU here (no /dev/nvidiactl); leave it out to use the CPU"
     export RLMONO_DEVICE=cuda RLMONO_ACTOR_NUM_GPUS_PER_NODE=1      # before what the recipes say
 fi
 if [ "$kind" != gpu ] || [ -x "$VENV/bin/python" ] || ! "$PYTHON" -c 'import sglang, megatron.core, zmq, msgspec' 2>/dev/null; then
