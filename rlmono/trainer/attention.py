@@ -1,7 +1,7 @@
 """Causal attention over packed sequences, without Transformer Engine.
 
 A pack is [t, heads, dim] with cumulative lengths `cu_seqlens`; tokens attend within their own sequence only. On GPUs it
-is torch's variable-length flash attention (bf16), on CPU one scaled-dot-product call a sequence.
+is torch's variable-length flash attention (bf16), on CPU and in fp32 one scaled-dot-product call a sequence.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class VarlenAttention(MegatronModule):
 def varlen_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_q: torch.Tensor, cu_k: torch.Tensor, max_q: int, max_k: int,
                      scale: Optional[float]) -> torch.Tensor:
     """Causal attention a sequence, aligned at the end where there are more keys than queries; `cu_…` [n + 1] int32 begin with 0 and end with t."""
-    return (_flash if q.is_cuda else _by_sequence)(q, k, v, cu_q, cu_k, max_q, max_k, scale)
+    flash = q.is_cuda and q.dtype != torch.float32      # whose kernels know halves alone
+    return (_flash if flash else _by_sequence)(q, k, v, cu_q, cu_k, max_q, max_k, scale)
 
 
 def _by_sequence(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_q: torch.Tensor, cu_k: torch.Tensor, _max_q: int, _max_k: int,
