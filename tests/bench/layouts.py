@@ -1,7 +1,7 @@
-"""Layouts and families on CPU: `python tests/bench/layouts.py [PART …] [--ranks N …]`. Writes docs/benchmarks/layouts.json and docs/benchmarks.md.
+"""Layouts and families on CPU: `python tests/bench/layouts.py [PART …] [--ranks N …] [--families NAME …]`. Writes docs/benchmarks/layouts.json and docs/benchmarks.md.
 
 `differences` compares every layout with one rank, in every way (10 minutes); `speed` trains a few steps on each against the clock
-(5 minutes), and the machine should do nothing else. By default both, on 2 and on 4 ranks; other figures are kept. The models are tiny:
+(5 minutes), and the machine should do nothing else. By default both, all families, on 2 and on 4 ranks; other figures are kept. The models are tiny:
 tokens a second say what a layout costs in calls and messages here, not what it does on GPUs.
 """
 
@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-CASES = ("case_dense", "case_dense_tied", "case_uneven_stages", "case_experts", "case_shared_expert_and_sigmoid_router", "case_latent_attention")
+CASES = {"qwen3": "case_dense", "qwen3_tied": "case_dense_tied", "qwen3_five": "case_uneven_stages", "qwen3_moe": "case_experts",
+         "glm4_moe": "case_shared_expert_and_sigmoid_router", "deepseek_v3": "case_latent_attention"}
+"""Of worlds/layouts.py, by family."""
 PARTS = {"differences": "all", "speed": "speed"}
 """And the argument of worlds/layouts.py."""
 TARGETS = {"loss": "<= 1e-6", "log_probs": "<= 1e-5", "gradients": "<= 1e-5", "updates": "<= 1e-5"}
@@ -35,22 +37,24 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("parts", nargs="*", default=[*PARTS], help=f"{', '.join(PARTS)}; the other's figures are kept")
     parser.add_argument("--ranks", nargs="*", type=int, choices=(2, 4), default=(2, 4))
+    parser.add_argument("--families", nargs="*", choices=CASES, default=CASES)
     given = parser.parse_args()
     if unknown := set(given.parts) - PARTS.keys():
         parser.error(f"no part is called {', '.join(sorted(unknown))}: {', '.join(PARTS)}")
     parts, sizes = given.parts, [1, *given.ranks]
-    os.environ["CASES"] = ",".join(CASES)       # of the world's
+    cases = [CASES[family] for family in given.families]
+    os.environ["CASES"] = ",".join(cases)
     found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, str(WORLDS / "make_families.py"), folder], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
         for part, ranks in itertools.product(parts, sizes):
             results = run_world(WORLDS / "layouts.py", ranks, folder, PARTS[part], timeout_s=3600)
-            for case in CASES:
+            for case in cases:
                 results[case].check()
                 found += figures_of(part, results[case].values, ranks, figures.this_machine())
     path = figures.FOLDER / "layouts.json"
-    mine = {(f["command"], f["ranks"]) for f in found}
-    kept = [f for f in (json.loads(path.read_text()) if path.exists() else []) if (f["command"], f["ranks"]) not in mine]
+    mine = {(f["command"], f["ranks"], f["column"]) for f in found}
+    kept = [f for f in (json.loads(path.read_text()) if path.exists() else []) if (f["command"], f["ranks"], f["column"]) not in mine]
     figures.write("layouts", sorted(kept + found, key=lambda f: (list(TITLES.values()).index(f["table"]), f["ranks"])))
     for title in {f["table"] for f in found if f["target"]}:
         worst = max((f for f in found if f["table"] == title), key=lambda f: f["value"])
