@@ -1,4 +1,5 @@
-"""Layouts and families on CPU: `python tests/bench/layouts.py [PART …] [--ranks N …] [--families NAME …]`. Writes docs/benchmarks/layouts.json and docs/benchmarks.md.
+"""Layouts and families on CPU: `python tests/bench/layouts.py [PART …] [--ranks N …] [--families NAME …]`. Writes docs/benchmarks/layouts.json and
+docs/benchmarks.md.
 
 `differences` compares every layout with one rank, in every way (10 minutes); `speed` trains a few steps on each against the clock
 (5 minutes), and the machine should do nothing else. By default both, all families, on 2 and on 4 ranks; other figures are kept. The models are tiny:
