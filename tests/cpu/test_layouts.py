@@ -74,7 +74,7 @@ def test_four_ranks(four: dict[str, Any], name: str) -> None:
 
 @pytest.fixture(scope="module")
 def moved(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """One rank saves; two save and load what is there, then four; one loads all."""
+    """One rank saves; two save and load both, then four; one loads all."""
     store = tmp_path_factory.mktemp("checkpoints")
     return [run_world(CHECKPOINTS, ranks, str(folder), str(store), timeout_s=1200) for ranks in (1, 2, 4, 1)]
 

@@ -1,6 +1,7 @@
 """Checkpoints of every layout, loaded on every other: `checkpoints.py FOLDER STORE` on 1 rank, on 2, on 4, and on 1 again.
 
-FOLDER has the models (make_families.py). Each run saves what its ranks can be and STORE lacks, then loads all that is there.
+FOLDER has the models (make_families.py). Each run saves what its ranks can be and STORE lacks, then loads all that is there (on 4
+only what 1 and 4 ranks have saved).
 """
 
 from __future__ import annotations
@@ -53,6 +54,8 @@ def every_pair(name: str, where: dict[int, dict[str, dict[str, Any]]], dtype: to
         if not layouts.everywhere((folder / title).exists())[0]:
             moves.save(name, options, folder / title, dtype)
     sources = layouts.everywhere(sorted(p.name for p in folder.iterdir()))[0]
+    if dist.get_world_size() == 4:      # two ranks' are, bit by bit, what one rank's is: they have loaded and saved it
+        sources = [s for s in sources if s in where[1] or s in here]
     for source in sources:
         for title, options in here.items():
             try:
