@@ -47,7 +47,9 @@ def transformer_config(config: Config, dtype: torch.dtype) -> TransformerConfig:
         variable_seq_lengths=config.pipeline_model_parallel_size > 1, moe_token_dispatcher_type="alltoall",
         # We weigh tokens ourselves (see losses.py): neither DDP nor the schedule may divide.
         calculate_per_token_loss=True,
-        overlap_p2p_comm=vpp is not None, batch_p2p_comm=vpp is None, deallocate_pipeline_outputs=True, persist_layer_norm=False,
+        overlap_p2p_comm=vpp is not None, batch_p2p_comm=vpp is None, persist_layer_norm=False,
+        # Of a virtual pipeline, outputs are let go of while they are sent: a GPU's allocator knows that they are read, gloo would send what came after.
+        deallocate_pipeline_outputs=vpp is None or torch.cuda.is_available(),
         # SwiGLU in one kernel, of which the backward pass keeps the input alone; experts are left as they are.
         bias_activation_fusion=torch.cuda.is_available() and not s.get("num_moe_experts"),
         bias_dropout_fusion=False, apply_rope_fusion=False, masked_softmax_fusion=False,
