@@ -48,7 +48,7 @@ def transformer_config(config: Config, dtype: torch.dtype) -> TransformerConfig:
         # We weigh tokens ourselves (see losses.py): neither DDP nor the schedule may divide.
         calculate_per_token_loss=True,
         overlap_p2p_comm=vpp is not None, batch_p2p_comm=vpp is None, persist_layer_norm=False,
-        # Of a virtual pipeline, outputs are let go of while they are sent: a GPU's allocator knows that they are read, gloo would send what came after.
+        # A virtual pipeline lets go of outputs while they are sent: a GPU's allocator knows that they are read, gloo would send what came after.
         deallocate_pipeline_outputs=vpp is None or torch.cuda.is_available(),
         # SwiGLU in one kernel, of which the backward pass keeps the input alone; experts are left as they are.
         bias_activation_fusion=torch.cuda.is_available() and not s.get("num_moe_experts"),
