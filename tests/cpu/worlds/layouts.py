@@ -128,6 +128,23 @@ def case_routers_biases_follow_the_load() -> None:
         assert not differing, f"{title}: {differing}"
 
 
+def case_a_virtual_pipeline_finds_the_same_bits_each_time() -> None:
+    """What is being sent must not be let go of: one step in sixty had other gradients."""
+    if dist.get_world_size() != 2 or not ALL:
+        return
+    trainer = build("qwen3", layout(pp=2, vpp=2))
+    mine, found = share_of(trainer, samples()), []
+
+    def update() -> dict[str, float]:
+        found.append({k: x.clone() for k, x in tiny.gradients(trainer).items()})
+        return {"grad_norm": 0.0}
+    trainer._update = update
+    for _ in range(60):
+        trainer.train(mine)
+    differing = [i for i, gradients in enumerate(found) if any(not torch.equal(x, found[0][k]) for k, x in gradients.items())]
+    assert not differing, f"steps with other gradients than the first: {differing}"
+
+
 OVERLAP = dict(megatron={"overlap_grad_reduce": True, "bucket_size": 20000})
 
 
