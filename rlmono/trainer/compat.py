@@ -172,3 +172,32 @@ def _after_import_on_cpu() -> None:
         splits = (s.tolist() if hasattr(s, "tolist") else s for s in (output_split_sizes, input_split_sizes))
         return all_to_all(output, input, *splits, **kwargs)
     dist.all_to_all_single = split_by_lists  # type: ignore[assignment]
+    _uneven_parts()
+
+
+def _uneven_parts() -> None:
+    """gloo wants the parts of ranks to be of one size; those of an expert on several tensor-parallel ranks are as many tokens as each was sent."""
+    all_gather, reduce_scatter = dist.all_gather, dist.reduce_scatter
+
+    def to_rows(x: Any, rows: int) -> Any:
+        return torch.cat([x, x.new_zeros(rows - len(x), *x.shape[1:])])
+
+    def gather(outputs: Any, input: Any, *args: Any, **kwargs: Any) -> Any:
+        if len({x.shape for x in outputs}) == 1:
+            return all_gather(outputs, input, *args, **kwargs)
+        rows = max(map(len, outputs))
+        whole = [x.new_empty(rows, *x.shape[1:]) for x in outputs]
+        all_gather(whole, to_rows(input, rows), *args, **kwargs)
+        for x, padded in zip(outputs, whole, strict=True):
+            x.copy_(padded[:len(x)])
+        return None
+
+    def scatter(output: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if len({x.shape for x in inputs}) == 1:
+            return reduce_scatter(output, inputs, *args, **kwargs)
+        rows = max(map(len, inputs))
+        padded = output.new_empty(rows, *output.shape[1:])
+        reduce_scatter(padded, [to_rows(x, rows) for x in inputs], *args, **kwargs)
+        output.copy_(padded[:len(output)])
+        return None
+    dist.all_gather, dist.reduce_scatter = gather, scatter
