@@ -185,6 +185,7 @@ def _uneven_parts() -> None:
     def gather(outputs: Any, input: Any, *args: Any, **kwargs: Any) -> Any:
         if len({x.shape for x in outputs}) == 1:
             return all_gather(outputs, input, *args, **kwargs)
+        assert not kwargs.get("async_op")
         rows = max(map(len, outputs))
         whole = [x.new_empty(rows, *x.shape[1:]) for x in outputs]
         all_gather(whole, to_rows(input, rows), *args, **kwargs)
@@ -195,6 +196,7 @@ def _uneven_parts() -> None:
     def scatter(output: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if len({x.shape for x in inputs}) == 1:
             return reduce_scatter(output, inputs, *args, **kwargs)
+        assert not kwargs.get("async_op")
         rows = max(map(len, inputs))
         padded = output.new_empty(rows, *output.shape[1:])
         reduce_scatter(padded, [to_rows(x, rows) for x in inputs], *args, **kwargs)
