@@ -202,4 +202,4 @@ def _uneven_parts() -> None:
         reduce_scatter(padded, [to_rows(x, rows) for x in inputs], *args, **kwargs)
         output.copy_(padded[:len(output)])
         return None
-    dist.all_gather, dist.reduce_scatter = gather, scatter
+    dist.all_gather, dist.reduce_scatter = gather, scatter  # type: ignore[assignment]
