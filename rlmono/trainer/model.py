@@ -48,8 +48,9 @@ def transformer_config(config: Config, dtype: torch.dtype) -> TransformerConfig:
         # We weigh tokens ourselves (see losses.py): neither DDP nor the schedule may divide.
         calculate_per_token_loss=True,
         overlap_p2p_comm=vpp is not None, batch_p2p_comm=vpp is None, persist_layer_norm=False,
-        # A virtual pipeline lets go of outputs while they are sent: a GPU's allocator knows that they are read, gloo would send what came after.
-        deallocate_pipeline_outputs=vpp is None or torch.cuda.is_available(),
+        # A virtual pipeline would let go of outputs while they are being sent, and gloo send what came to lie there. They are small: one more
+        # layer's input a pack in flight.
+        deallocate_pipeline_outputs=vpp is None,
         # SwiGLU in one kernel, of which the backward pass keeps the input alone; experts are left as they are.
         bias_activation_fusion=torch.cuda.is_available() and not s.get("num_moe_experts"),
         bias_dropout_fusion=False, apply_rope_fusion=False, masked_softmax_fusion=False,
