@@ -62,10 +62,19 @@ class Lane:
 
     def fail(self, error: RewardError) -> None:
         """Every task that waits gets the error."""
-        for item in [*self._queue, *(item for worker in self._workers for item in worker.in_flight.values())]:
+        for item in self._unsettled():
             if not item.future.done():
                 item.future.set_exception(error)
         self._queue.clear()
+
+    def abandon(self) -> None:
+        """Nobody wants the outcomes any more of what is queued or at work."""
+        for item in self._unsettled():
+            item.future.cancel()
+        self._queue.clear()
+
+    def _unsettled(self) -> list[Item]:
+        return [*self._queue, *(item for worker in self._workers for item in worker.in_flight.values())]
 
     def _feed_soon(self) -> None:
         """Once for all tasks that are queued in this turn of the loop."""

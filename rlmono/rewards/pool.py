@@ -93,12 +93,19 @@ class RewardPool:
         """Gives each sample its reward, and a remark where there is none to be had; with `group`, as `score_group` does."""
         if group:
             results = await self.score_group(samples)
+        elif len(samples) == 1:
+            results = [await self.score(samples[0])]
         else:
             results = await asyncio.gather(*(self.score(sample) for sample in samples))
         for sample, result in zip(samples, results, strict=True):
             sample.reward = result.value
             if result.remark:
                 sample.remarks = [*sample.remarks, result.remark]
+
+    def abandon(self) -> None:
+        """Cancels all `score` and `reward` calls that wait for an outcome; what workers have already begun is not interrupted."""
+        for lane in self._lanes.values():
+            lane.abandon()
 
     async def close(self, timeout_s: float = 5.0) -> None:
         """Ends the workers; those that have not ended after `timeout_s` are killed. Waiting `score` calls get a RewardError."""

@@ -63,10 +63,12 @@ class Outcome(msgspec.Struct, array_like=True):
     """For the log: a traceback, or one sentence."""
 
 
-def frame(message: msgspec.Struct) -> bytes:
+def frame(message: msgspec.Struct) -> bytearray:
     """A message with its length before it."""
-    data = msgspec.msgpack.encode(message, enc_hook=_plain)
-    return LENGTH.pack(len(data)) + data
+    buffer = bytearray(LENGTH.size)
+    _encoder.encode_into(message, buffer, LENGTH.size)
+    LENGTH.pack_into(buffer, 0, len(buffer) - LENGTH.size)
+    return buffer
 
 
 def _plain(value: Any) -> Any:
@@ -76,3 +78,6 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
         return value.item()
     return str(value)
+
+
+_encoder = msgspec.msgpack.Encoder(enc_hook=_plain)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import logging
 import os
 import signal
@@ -32,7 +33,7 @@ class Item:
 
     __slots__ = ("id", "data", "future", "sent_at", "suspect")
 
-    def __init__(self, id: int, data: bytes, future: asyncio.Future[Outcome]) -> None:
+    def __init__(self, id: int, data: bytearray, future: asyncio.Future[Outcome]) -> None:
         self.id, self.data, self.future = id, data, future
         self.sent_at = 0.0
         self.suspect = False
@@ -71,6 +72,7 @@ class RemoteWorker:
         self._process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "rlmono.rewards.worker", stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
             env=environment, start_new_session=True, limit=1 << 20)
+        _widen(self._process)
         self._write(frame(msgspec.structs.replace(self._setup, parent=os.getpid())))
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
@@ -164,7 +166,7 @@ class RemoteWorker:
         await self._wait(timeout_s)
         self._kill()
 
-    def _write(self, data: bytes) -> None:
+    def _write(self, data: bytes | bytearray) -> None:
         assert self._process is not None and self._process.stdin is not None
         self._process.stdin.write(data)
 
@@ -206,6 +208,15 @@ class RemoteWorker:
             self._kill()
             logger.warning("reward worker %d did not end within %g s", self._process.pid, timeout_s)
             return None
+
+
+def _widen(process: asyncio.subprocess.Process) -> None:
+    """A pipe holds 64 KiB, and a sample of 8k tokens has twice that: each would take several turns of the loop and of the worker."""
+    assert process.stdin is not None
+    try:
+        fcntl.fcntl(process.stdin.transport.get_extra_info("pipe"), fcntl.F_SETPIPE_SZ, 1 << 20)
+    except OSError as error:        # the user has too many pipes, or the system allows no larger ones
+        logger.debug("the pipe to reward worker %d stays as small as it is: %s", process.pid, error)
 
 
 def _functions(setup: Setup) -> str:

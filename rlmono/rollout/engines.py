@@ -13,7 +13,7 @@ import itertools
 import logging
 import time
 from collections import Counter
-from typing import Callable
+from typing import Callable, NamedTuple
 
 from rlmono.world.messages import Abort, EndPhase, Generate, Message, Output, Outputs, Sampling
 
@@ -31,6 +31,17 @@ class EngineFault(Exception):
         self.outcome = outcome
 
 
+class _Request(NamedTuple):
+    """One that waits for its answer."""
+
+    answer: asyncio.Future[Output]
+    ends: float
+    """When its deadline passes, in the loop's time."""
+    timeout_s: float
+    what: tuple[int, int]
+    """Tokens: the prompt's, and the most that it may get."""
+
+
 class EngineClient:
     """Requests to one engine. `send` puts a message on the socket to the engine's first rank."""
 
@@ -38,9 +49,10 @@ class EngineClient:
         self.name, self._send = name, send
         self._room = asyncio.Semaphore(concurrency)
         self._prefix, self._requests = f"{next(_clients):04x}", 0
-        self._waiting: dict[str, asyncio.Future[Output]] = {}
+        self._waiting: dict[str, _Request] = {}
         self._left: dict[str, asyncio.Future[Output]] = {}      # nobody waits for them any more; the engine still has them
         self._given_up: set[str] = set()                        # not even their abort was answered
+        self._timer: asyncio.TimerHandle | None = None          # one for all that wait: each needs none of its own
         self._heard = 0.0           # or, where that is later, when the first of the requests that wait was sent
         self.strays: Counter[str] = Counter()
         self.tokens = self._told = 0
@@ -57,27 +69,47 @@ class EngineClient:
                 return Output("", [], [], "abort", 0)
             rid = f"{self._prefix}{self._requests:012x}"        # one length: SGLang aborts by prefix
             self._requests += 1
-            answer: asyncio.Future[Output] = asyncio.get_running_loop().create_future()
+            loop = asyncio.get_running_loop()
+            answer: asyncio.Future[Output] = loop.create_future()
             self._send(Generate(rid, input_ids, sampling))
             if not self.waiting:
                 self.heard()
-            self._waiting[rid] = answer
+            request = self._waiting[rid] = _Request(answer, loop.time() + timeout_s, timeout_s, (len(input_ids), sampling.max_new_tokens))
             self._most = max(self._most, len(self._waiting))
+            if self._timer is None or request.ends < self._timer.when():
+                self._set_timer(request.ends)
             try:
-                await asyncio.wait([answer], timeout=timeout_s)
-            finally:
-                self._waiting.pop(rid, None)
-                if not answer.done():
-                    self._left[rid] = answer
-                    self._send(Abort(rid))
-            what = f"a request of {len(input_ids)} + {sampling.max_new_tokens} tokens"
-            if not answer.done():
-                others = f"; {len(self._waiting)} others wait there"
-                raise EngineFault("engine_timeout", f"{self.name} has not answered {what} within {timeout_s:g} s{others}")
-            output = answer.result()
+                output = await answer
+            except asyncio.CancelledError:
+                if rid in self._waiting:
+                    self._leave(rid)
+                raise
             if output.error:
-                raise EngineFault("engine_refused", f"{self.name} refused {what}: {output.error}")
+                raise EngineFault("engine_refused", f"{self.name} refused {_tokens(request)}: {output.error}")
             return output
+
+    def _leave(self, rid: str) -> None:
+        """Nobody waits for this request any more."""
+        del self._waiting[rid]
+        self._left[rid] = asyncio.get_running_loop().create_future()
+        self._send(Abort(rid))
+
+    def _set_timer(self, when: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = asyncio.get_running_loop().call_at(when, self._expire)
+
+    def _expire(self) -> None:
+        """Give up what is overdue, and come again when the next may be."""
+        assert self._timer is not None
+        now, self._timer = self._timer.when(), None
+        for rid, request in [(rid, r) for rid, r in self._waiting.items() if r.ends <= now]:
+            self._leave(rid)
+            if not request.answer.done():       # else its call has been cancelled in this turn of the loop
+                request.answer.set_exception(EngineFault("engine_timeout", f"{self.name} has not answered {_tokens(request)} within "
+                                                         f"{request.timeout_s:g} s; {len(self._waiting)} others wait there"))
+        if self._waiting:
+            self._set_timer(min(r.ends for r in self._waiting.values()))
 
     def heard(self) -> None:
         """The engine has shown that its loop goes round."""
@@ -100,12 +132,14 @@ class EngineClient:
             self.tokens += len(item.output_ids)
             if len(self._waiting) == self._most:
                 self._slack_since = now
-            answer, left = self._waiting.pop(item.rid, None), self._left.pop(item.rid, None)
+            request = self._waiting.pop(item.rid, None)
+            if request is not None:
+                if not request.answer.done():       # else its call has been cancelled in this turn of the loop
+                    request.answer.set_result(item)
+                continue
+            left = self._left.pop(item.rid, None)
             if left is not None:
                 left.set_result(item)
-            elif answer is not None and not answer.done():
-                answer.set_result(item)
-                continue
             if left is None or item.finish != "abort":      # an abort is what was asked for
                 self._stray(item.rid, late=left is not None)
         if not self._waiting:
@@ -164,3 +198,7 @@ class EngineClient:
         if self.waiting:
             raise RuntimeError(f"{self.name}: the phase can't end while {self.waiting} requests wait")
         self._send(EndPhase())
+
+
+def _tokens(request: _Request) -> str:
+    return "a request of {} + {} tokens".format(*request.what)

@@ -67,7 +67,7 @@ class GenerateState:
         seed = sampling.seed if self._seed is None else request_seed(*self._seed, turn)
         sampling = msgspec.structs.replace(sampling, max_new_tokens=room, seed=seed)
         try:
-            return await self.engine.generate(tokens, sampling, self.args.phase_timeout_s)
+            return await self.engine.generate(tokens, sampling, min(self.args.generate_timeout_s, self.args.phase_timeout_s))
         except asyncio.CancelledError:
             self.cancelled_at_engine = True
             raise

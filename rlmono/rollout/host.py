@@ -25,7 +25,7 @@ from rlmono.rollout.generate import GenerateState
 from rlmono.rollout.tasks import cancel, send_now, while_healthy
 from rlmono.rollout.text import Texts
 from rlmono.world import messages
-from rlmono.world.channel import HEARTBEAT_S, HostMesh, PrivateFolder, bind_devices
+from rlmono.world.channel import HEARTBEAT_S, DeviceSocket, HostMesh, PrivateFolder
 from rlmono.world.messages import EndPhase, Failed, Failure, Goodbye, GroupDone, Heartbeat, Message, Outputs, Relay, RunGroup, decode, encode
 from rlmono.world.roles import RankGrid
 
@@ -38,12 +38,11 @@ class NodeHost:
     def __init__(self, config: Config, grid: RankGrid, rank: int, folder: PrivateFolder, context: zmq.asyncio.Context,
                  upward: Callable[[int, Message], None]):
         self.config, self.grid, self.rank, self._upward = config, grid, rank, upward
-        self._router = bind_devices(context, folder.address)
+        self._devices = DeviceSocket(context, folder.address)
         self.engines: dict[int, EngineClient] = {}
         self._by_rank: dict[int, EngineClient] = {}
         self._running = 0               # groups
         self._ends_now = False          # and all of them have been aborted
-        self._scoring: set[asyncio.Future[None]] = set()
         self.serves = bool(grid.engines)
         if not self.serves:
             return
@@ -65,30 +64,31 @@ class NodeHost:
         """Start the reward workers, and see that garbage collection does not hold up requests."""
         if self.serves:
             await self.rewards.start()
-            # What there is by now (modules, prompts) stays: to go through it takes a second. And a full collection goes through every token of
-            # every sample: by default that was a fifth of the loop's time.
+            # What there is by now (modules, prompts) stays: to go through it takes a second. And a collection goes through every token of every
+            # sample that it finds: by default that was a fifth of the loop's time. Most samples are gone before the rare collections of old ones.
             gc.collect()
             gc.freeze()
-            gc.set_threshold(*gc.get_threshold()[:2], 1000)
+            gc.set_threshold(gc.get_threshold()[0], 1000, 10)
 
     async def close(self) -> None:
         if self.serves:
             await self._endpoint.close()
             await self.rewards.close()
             self.texts.close()
-        self._router.close()
+        self._devices.close()
 
     async def read_devices(self) -> None:
         """For ever: answers go to their engine's client, everything else up to the controller."""
         while True:
-            identity, payload = await self._router.recv_multipart()
-            rank, message = int(identity.partition(b"/")[0]), decode(payload)
-            if isinstance(message, Outputs):
-                self._by_rank[rank].deliver(message)
-            elif isinstance(message, Heartbeat):
-                self._by_rank[rank].heard()
-            else:
-                self._upward(rank, message)
+            for rank, payload in await self._devices.receive():
+                message = decode(payload)
+                if isinstance(message, Outputs):
+                    self._by_rank[rank].deliver(message)
+                elif isinstance(message, Heartbeat):
+                    self._by_rank[rank].heard()
+                else:
+                    self._upward(rank, message)
+            await asyncio.sleep(0)          # those who got an answer come first
 
     async def watch_engines(self) -> None:
         """For ever: raises RuntimeError for an engine that has requests and is silent. It is looked at twice, so that what has come is read.
@@ -111,7 +111,7 @@ class NodeHost:
             self._send(rank, payload)
 
     def _send(self, rank: int, payload: bytes) -> None:
-        send_now(self._router, [str(rank).encode(), payload])
+        self._devices.send(rank, payload)
 
     async def run_group(self, job: RunGroup) -> GroupDone:
         """Generate and reward one group. A sample that comes to nothing is a Failure; in an evaluation it stays, with reward 0."""
@@ -146,8 +146,7 @@ class NodeHost:
         self._ends_now = True
         for engine in self.engines.values():
             engine.abort_all()
-        for scoring in self._scoring:
-            scoring.cancel()
+        self.rewards.abandon()
 
     def _failed(self, sample: Sample, why: SampleFailed, evaluation: bool) -> tuple[list[Sample], Failure]:
         if (cause := f"{why.outcome}: {why}"[:200]) not in self._logged:
@@ -181,16 +180,11 @@ class NodeHost:
         """Reward samples, unless all groups are aborted: then those that have no reward yet stay without."""
         if self._ends_now:
             return
-        scoring = asyncio.ensure_future(self.rewards.reward(samples, group))
-        self._scoring.add(scoring)
         try:
-            await scoring
-        except asyncio.CancelledError:
+            await self.rewards.reward(samples, group)
+        except asyncio.CancelledError:      # abandoned; or this task itself is cancelled
             if not self._ends_now or asyncio.current_task().cancelling():       # type: ignore[union-attr]
                 raise
-        finally:
-            scoring.cancel()
-            self._scoring.discard(scoring)
 
 
 async def serve_node(host: NodeHost, mesh: HostMesh, timeout_s: float) -> None:

@@ -7,6 +7,7 @@ that it read from the store, and a host connects to just the controller's key. S
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import socket
@@ -25,6 +26,7 @@ from rlmono.world.store import Deadline, store_get
 
 log = logging.getLogger(__name__)
 _ZAP_DOMAIN = "rlmono"
+_NOW, _NOW_AND_MORE, _READABLE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE), int(zmq.POLLIN)       # pyzmq's enums are slow
 HEARTBEAT_S = 2.0
 """From one heartbeat to the next, between hosts and from an engine that serves to its host."""
 
@@ -118,14 +120,62 @@ class HostLink:
         self._context.term()
 
 
-def bind_devices(context: zmq.asyncio.Context, address: str) -> zmq.asyncio.Socket:
-    """A host's end for its device ranks: ROUTER; a rank's identity is its number (`3/name` that of a link besides)."""
-    router = context.socket(zmq.ROUTER)
-    router.setsockopt(zmq.LINGER, 2000)
-    router.setsockopt(zmq.SNDHWM, 0)
-    router.setsockopt(zmq.RCVHWM, 0)
-    router.bind(address)
-    return router
+class DeviceSocket:
+    """A host's end for its device ranks: ROUTER; a rank's identity is its number (`3/name` that of a link besides).
+
+    Not one of pyzmq's asyncio sockets, which take several futures and turns of the loop for every message: a send is one call, and
+    `receive` hands over all that has come. Used on one event loop.
+    """
+
+    def __init__(self, context: zmq.asyncio.Context, address: str):
+        self._socket = context.socket(zmq.ROUTER, socket_class=zmq.Socket)
+        self._socket.setsockopt(zmq.LINGER, 2000)
+        self._socket.setsockopt(zmq.SNDHWM, 0)
+        self._socket.setsockopt(zmq.RCVHWM, 0)
+        self._socket.bind(address)
+        self._loop: Optional[asyncio.AbstractEventLoop] = None      # from the first `receive` on
+        self._news: Optional[asyncio.Future[None]] = None
+        self._looks = False
+
+    def send(self, rank: int, payload: bytes) -> None:
+        """At once: ZMQ's queues are unbounded, and drop what is for a peer that is not there."""
+        self._socket.send(b"%d" % rank, _NOW_AND_MORE)
+        self._socket.send(payload, _NOW)
+        if self._loop is not None and not self._looks:      # ZMQ's file descriptor tells of what has come only once, and a send may take it
+            self._looks = True
+            self._loop.call_soon(self._look)
+
+    async def receive(self, most: int = 64) -> list[tuple[int, bytes]]:
+        """(rank, payload) of the messages that have come, at least one."""
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()
+            self._loop.add_reader(self._socket.FD, self._look)
+        while not (found := self._read(most)):
+            self._news = self._loop.create_future()
+            await self._news
+        return found
+
+    def _read(self, most: int) -> list[tuple[int, bytes]]:
+        found: list[tuple[int, bytes]] = []
+        try:
+            while len(found) < most:
+                identity, payload = self._socket.recv_multipart(_NOW)
+                found.append((int(identity.partition(b"/")[0]), payload))
+        except zmq.Again:
+            pass
+        return found
+
+    def _look(self) -> None:
+        self._looks = False
+        if self._socket.closed or not int(self._socket.EVENTS) & _READABLE:
+            return
+        if self._news is not None and not self._news.done():
+            self._news.set_result(None)
+
+    def close(self) -> None:
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.remove_reader(self._socket.FD)
+        self._socket.close()
 
 
 class HostMesh:

@@ -139,6 +139,24 @@ def test_a_request_that_is_not_answered_is_aborted() -> None:
     asyncio.run(run())
 
 
+def test_each_request_has_a_deadline_of_its_own() -> None:
+    async def run() -> None:
+        sent: list[Message] = []
+        engine = EngineClient("engine 0", sent.append, concurrency=8)
+        tasks = [asyncio.create_task(engine.generate([i], Sampling(4), timeout_s)) for i, timeout_s in enumerate((0.3, 0.05, 10, 10))]
+        await asyncio.sleep(0.15)
+        assert [t.done() for t in tasks] == [False, True, False, False]
+        tasks[3].cancel()
+        await asyncio.sleep(0.3)
+        assert [t.done() for t in tasks] == [True, True, False, True] and tasks[3].cancelled()
+        requests = [m.rid for m in sent if isinstance(m, Generate)]
+        assert [m.rid for m in sent if isinstance(m, Abort)] == [requests[1], requests[3], requests[0]]
+        engine.deliver(answer(requests[2]))
+        assert (await tasks[2]).rid == requests[2] and engine.waiting == 3
+        assert all("within 0" in str(tasks[i].exception()) for i in (0, 1))
+    asyncio.run(run())
+
+
 def test_a_refused_request_says_why() -> None:
     async def run() -> None:
         engine, sent = client()

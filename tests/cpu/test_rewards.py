@@ -499,6 +499,19 @@ def test_cancelled_and_closed(use: Callable[..., None]) -> None:
     use(body, reward_timeout_s=20.0)
 
 
+def test_abandoned(use: Callable[..., None]) -> None:
+    """Calls that wait are cancelled, for a sample, for several and for a group; the workers go on with what comes then."""
+    async def body(pool: RewardPool) -> None:
+        samples = [Sample(index=i, response="sleep 0.2") for i in range(12)]
+        waiting = [asyncio.ensure_future(pool.reward(s, group)) for s, group in ((samples[:1], False), (samples[1:4], False), (samples[4:], True))]
+        await asyncio.sleep(0.1)
+        pool.abandon()
+        assert all(isinstance(e, asyncio.CancelledError) for e in await asyncio.gather(*waiting, return_exceptions=True))
+        assert all(s.reward is None for s in samples)
+        assert [r.value for r in await scores(pool, "1", "2")] == [1.0, 1.0]
+    use(body)
+
+
 def test_no_worker_outlives_its_parent(tmp_path: Path) -> None:
     """Not when the parent is killed, and not while a reward hangs with its pipes unread."""
     (tmp_path / "mine.py").write_text(REWARDS)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -42,3 +44,15 @@ def reward(args: Any, sample: Any, **kwargs: Any) -> float:
 def keep(args: Any, samples: Any, **kwargs: Any) -> bool:
     """Drops about a third of the groups."""
     return sum(s.response_length for s in samples) % 3 != 0
+
+
+CRASHES = 5
+"""The group whose reward takes its worker down."""
+
+
+def share(args: Any, samples: Any, **kwargs: Any) -> list[float]:
+    """Each response's share of the group's characters: nothing that one sample alone could be given."""
+    if samples[0].group_index == CRASHES:
+        os.kill(os.getpid(), signal.SIGKILL)
+    total = sum(len(s.response) for s in samples)
+    return [len(s.response) / max(total, 1) for s in samples]
