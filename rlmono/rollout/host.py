@@ -6,7 +6,6 @@ The controller (host rank 0) has the `NodeHost` of its own node in its process, 
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import time
 from typing import Callable, Optional
@@ -21,6 +20,7 @@ from rlmono.rewards.pool import RewardPool
 from rlmono.rollout.endpoint import Endpoint
 from rlmono.rollout.engines import EngineClient
 from rlmono.rollout.functions import SampleFailed, function_at, generate_function, make_samples
+from rlmono.rollout.garbage import Garbage
 from rlmono.rollout.generate import GenerateState
 from rlmono.rollout.tasks import cancel, send_now, while_healthy
 from rlmono.rollout.text import Texts
@@ -43,6 +43,7 @@ class NodeHost:
         self._by_rank: dict[int, EngineClient] = {}
         self._running = 0               # groups
         self._ends_now = False          # and all of them have been aborted
+        self._garbage = Garbage()
         self.serves = bool(grid.engines)
         if not self.serves:
             return
@@ -64,13 +65,10 @@ class NodeHost:
         """Start the reward workers, and see that garbage collection does not hold up requests."""
         if self.serves:
             await self.rewards.start()
-            # What there is by now (modules, prompts) stays: to go through it takes a second. And a collection goes through every token of every
-            # sample that it finds: by default that was a fifth of the loop's time. Most samples are gone before the rare collections of old ones.
-            gc.collect()
-            gc.freeze()
-            gc.set_threshold(gc.get_threshold()[0], 1000, 10)
+            self._garbage.start()
 
     async def close(self) -> None:
+        self._garbage.close()
         if self.serves:
             await self._endpoint.close()
             await self.rewards.close()
@@ -127,6 +125,8 @@ class NodeHost:
             return GroupDone(job.job, [], error=f"{type(e).__name__}: {e}")
         finally:
             self._running -= 1
+            if not self._running:
+                self._garbage.rest()
         engine = self.engines[job.engine]
         idle_s, slack_s = engine.rest_s()
         return GroupDone(job.job, kept, seconds=time.perf_counter() - started, failures=[f for _, f in samples if f is not None],
@@ -135,6 +135,7 @@ class NodeHost:
     def _begin_group(self) -> None:
         if self._running == 0:          # the controller begins a phase when all groups of the one before have answered
             self._ends_now = False
+            self._garbage.busy()
             for engine in self.engines.values():
                 engine.begin_phase()
         self._running += 1

@@ -58,6 +58,7 @@ class Rewards:
 
     def __init__(self, config: Config):
         self.noise = random.Random()
+        self.turns: set[asyncio.Future[None]] = set()
 
     async def start(self) -> None:
         pass
@@ -65,10 +66,24 @@ class Rewards:
     async def close(self) -> None:
         pass
 
+    def abandon(self) -> None:
+        for turn in self.turns:
+            turn.cancel()
+
+    async def _turn(self) -> None:
+        loop = asyncio.get_running_loop()
+        turn: asyncio.Future[None] = loop.create_future()
+        self.turns.add(turn)
+        loop.call_soon(lambda: turn.done() or turn.set_result(None))
+        try:
+            await turn
+        finally:
+            self.turns.discard(turn)
+
     async def reward(self, samples: list[Sample], group: bool = False) -> None:
         for sample in samples:
             for _ in range(self.noise.randrange(3)):
-                await asyncio.sleep(0)
+                await self._turn()
             sample.reward = float(sum(sample.tokens[-sample.response_length:]) % 2 == 0)
 
 
