@@ -27,11 +27,7 @@ def job(task: Path, sockets: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     flags = (*COLOCATED, "--prompt-data", many, f"{few}@[5:9]", "--prompt-data-weights", 3, 1, "--lazy-data-above-mb", 0,
              "--custom-rm-path", f"{FUNCTIONS}:share", "--group-rm", "--n-samples-per-prompt", SAMPLES,
              "--save-debug-rollout-data", folder / "rollout_{rollout_id}.jsonl")
-    job = Job(folder, task, sockets, flags, rollouts=ROLLOUTS, ranks=3, save=folder / "save")
-    with job.start() as run:
-        assert run.wait() == 0, run.text()
-        run.wait_until_gone()
-    return job
+    return Job(folder, task, sockets, flags, rollouts=ROLLOUTS, ranks=3, save=folder / "save").run_through()
 
 
 def _groups(job: Job, rollout_id: int) -> dict[int, list[dict[str, Any]]]:
