@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rlmono.data.bytewise import ByteTable, byte_table
+
 Messages = list[dict[str, Any]]
 Tools = list[dict[str, Any]] | None
 _ANSWER = "AnswerOfTheAssistant"
@@ -56,6 +58,11 @@ class Tokenizer:
         return ids[1:] if ids and tokens and ids[0] == tokens[-1] else ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        if self.byte_table is not None:
+            try:
+                return self.byte_table.decode(ids, skip_special_tokens)
+            except IndexError:      # models have more ids than their tokenizers
+                pass
         return self.hf.decode(list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
 
     def decode_batch(self, batch: Sequence[Sequence[int]], skip_special_tokens: bool = False) -> list[str]:
@@ -63,6 +70,11 @@ class Tokenizer:
         if self._decodes_in_rust:
             return self.hf.backend_tokenizer.decode_batch([list(ids) for ids in batch], skip_special_tokens=skip_special_tokens)
         return [self.decode(ids, skip_special_tokens) for ids in batch]
+
+    @functools.cached_property
+    def byte_table(self) -> ByteTable | None:
+        """Where there is one, `decode` takes next to no time."""
+        return byte_table(self.hf.backend_tokenizer) if self._decodes_in_rust else None
 
     @functools.cached_property
     def _decodes_in_rust(self) -> bool:

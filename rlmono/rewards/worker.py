@@ -213,7 +213,7 @@ def _send(outbox: BinaryIO, outcome: Outcome) -> None:
     try:
         data = frame(outcome)
     except Exception as error:
-        data, problem = b"", f"cannot be sent: {type(error).__name__}: {error}"
+        data, problem = bytearray(), f"cannot be sent: {type(error).__name__}: {error}"
     if not 0 < len(data) <= LARGEST_OUTCOME_BYTES:
         data = frame(Outcome(outcome.id, remark="reward_invalid", where=problem, detail=f"what the reward returned {problem}"))
     outbox.write(data)

@@ -82,7 +82,7 @@ class GenerateState:
         return await self.text(sample.tokens[sample.prompt_length + start:]) if start else sample.response
 
     async def text(self, tokens: Sequence[int]) -> str:
-        """Their text as rewards see it, decoded beside the event loop: 8k tokens take 5 ms, in which no other request would be answered."""
+        """Their text as rewards see it. What takes long is done beside the event loop: no other request would be answered meanwhile."""
         if self._texts is None:
             return self.tokenizer.decode(tokens, self.args.rollout_skip_special_tokens)
         return await self._texts.decode(tokens)

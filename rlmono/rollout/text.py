@@ -1,4 +1,5 @@
-"""`Texts`: text from tokens, beside the event loop. Decoding 8k tokens takes 5 ms, in which nothing else would be answered."""
+"""`Texts`: text from tokens. At once where the tokenizer has a table of bytes (`data/bytewise.py`). Else beside the event loop: 8k tokens take
+5 ms, in which nothing else would be answered."""
 
 from __future__ import annotations
 
@@ -10,16 +11,19 @@ from rlmono.data.tokenizer import Tokenizer
 
 
 class Texts:
-    """Decodes in a thread, many responses at a time: those that are asked for while a batch is at work are the next batch."""
+    """Decodes at once, or in a thread, many responses at a time: those that are asked for while a batch is at work are the next batch."""
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool):
         self._tokenizer, self._skip_special_tokens = tokenizer, skip_special_tokens
+        self._at_once = tokenizer.byte_table is not None        # made here, and not at the first answer
         self._queue: list[tuple[Sequence[int], asyncio.Future[str]]] = []
         self._thread = ThreadPoolExecutor(1, "texts")
         self._working: asyncio.Task[None] | None = None
 
     async def decode(self, ids: Sequence[int]) -> str:
         """The text of these tokens. Raises what the tokenizer raises."""
+        if self._at_once:
+            return self._tokenizer.decode(ids, self._skip_special_tokens)
         text: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._queue.append((ids, text))
         if self._working is None:

@@ -128,7 +128,7 @@ class DeviceSocket:
     """
 
     def __init__(self, context: zmq.asyncio.Context, address: str):
-        self._socket = context.socket(zmq.ROUTER, socket_class=zmq.Socket)
+        self._socket: zmq.Socket[bytes] = zmq.Socket(context, zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 2000)
         self._socket.setsockopt(zmq.SNDHWM, 0)
         self._socket.setsockopt(zmq.RCVHWM, 0)

@@ -12,8 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from rlmono import quickstart
+from rlmono.data.bytewise import byte_table
 from rlmono.data.cursor import DataCursor
 from rlmono.data.prompts import PromptSource, open_source, split_slice
 from rlmono.data.rows import DataError, Prompt, Rules
@@ -256,6 +261,31 @@ def test_render(folder: Path) -> None:
         tokenizer.render([{"role": "system", "content": "x"}], None, True)
     with pytest.raises(TokenizerError, match="cannot encode 'é'"):
         tokenizer.render("é")
+
+
+BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
+BYTE_LEVEL = tokenizers.Tokenizer(models.BPE({w: i for i, w in enumerate([*BYTES, "Ġa", "ĊĊ", "Ã©"])}, []))
+BYTE_LEVEL.decoder = decoders.ByteLevel()
+BYTE_LEVEL.add_tokens([AddedToken(t, normalized=False) for t in ("<tool call>", "日本", "é")])
+BYTE_LEVEL.add_special_tokens([AddedToken(t, special=True) for t in ("<|end|>", "<a b>")])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, BYTE_LEVEL.get_vocab_size() - 1)), st.booleans())
+def test_bytes_make_the_text_that_the_tokenizer_makes(ids: list[int], skip: bool) -> None:
+    """Of any tokens: bytes that are no text, tokens that are none of bytes, special ones."""
+    table = byte_table(BYTE_LEVEL)
+    assert table is not None and table.decode(ids, skip) == BYTE_LEVEL.decode(ids, skip_special_tokens=skip)
+
+
+def test_what_has_no_table_of_bytes() -> None:
+    table = byte_table(BYTE_LEVEL)
+    assert table is not None
+    for unknown in (-1, BYTE_LEVEL.get_vocab_size()):
+        with pytest.raises(IndexError):
+            table.decode([1, unknown], False)
+    other = tokenizers.Tokenizer(models.WordLevel({"a": 0}))
+    assert byte_table(other) is None
 
 
 def test_eos_ids(folder: Path, tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ class Tokenizer:
     """Characters are tokens."""
 
     eos_ids = (STOP,)
+    byte_table = None
 
     def __init__(self, folder: str = ""):
         pass

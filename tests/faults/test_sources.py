@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
+import msgspec
 import pytest
 from functions import CRASHES
 from jobs import COLOCATED, FUNCTIONS, Job
+
+from rlmono.data.sample import Sample
 
 ROLLOUTS, BATCH, SAMPLES = 3, 4, 4
 
@@ -30,19 +32,19 @@ def job(task: Path, sockets: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return Job(folder, task, sockets, flags, rollouts=ROLLOUTS, ranks=3, save=folder / "save").run_through()
 
 
-def _groups(job: Job, rollout_id: int) -> dict[int, list[dict[str, Any]]]:
-    groups: dict[int, list[dict[str, Any]]] = {}
-    for line in (job.folder / f"rollout_{rollout_id}.jsonl").read_text().splitlines():
-        sample = json.loads(line)
-        groups.setdefault(sample["group_index"], []).append(sample)
+def _groups(job: Job, rollout_id: int) -> dict[int, list[Sample]]:
+    groups: dict[int, list[Sample]] = {}
+    for line in (job.folder / f"rollout_{rollout_id}.jsonl").read_bytes().splitlines():
+        sample = msgspec.json.decode(line, type=Sample)
+        groups.setdefault(sample.group_index, []).append(sample)
     return groups
 
 
 def test_each_file_gives_its_share_and_the_slice_alone(job: Job) -> None:
     """3 of 4 prompts are of the first file; the 4 rows of the second's slice go round, and none comes again before all have come."""
-    given = [group[0]["metadata"] for r in range(ROLLOUTS) for group in _groups(job, r).values()]
+    given = [group[0].metadata for r in range(ROLLOUTS) for group in _groups(job, r).values()]
     assert Counter(m["source"] for m in given) == {"many": 3 * ROLLOUTS, "few": ROLLOUTS}
-    assert all(Counter(group[0]["metadata"]["source"] for group in _groups(job, r).values()) == {"many": 3, "few": 1} for r in range(ROLLOUTS))
+    assert all(Counter(group[0].metadata["source"] for group in _groups(job, r).values()) == {"many": 3, "few": 1} for r in range(ROLLOUTS))
     few, many = ([m["row"] for m in given if m["source"] == name] for name in ("few", "many"))
     assert set(few) <= {5, 6, 7, 8} and len(set(few)) == ROLLOUTS and len(set(many)) == 3 * ROLLOUTS
     assert many != sorted(many), "shuffled"
@@ -56,7 +58,7 @@ def test_a_reward_that_dies_costs_its_own_group(job: Job) -> None:
         groups = _groups(job, r)
         assert sorted(groups) == list(range(BATCH * r, BATCH * (r + 1))) and {len(g) for g in groups.values()} == {SAMPLES}
         for number, group in groups.items():
-            total = max(sum(len(s["response"]) for s in group), 1)
-            expected = [0.0 if number == CRASHES else len(s["response"]) / total for s in group]
-            assert [s["reward"] for s in group] == expected, number
-            assert [s.get("remarks", []) for s in group] == [["reward_crashed"] if number == CRASHES else []] * SAMPLES
+            total = max(sum(len(s.response) for s in group), 1)
+            expected = [0.0 if number == CRASHES else len(s.response) / total for s in group]
+            assert [s.reward for s in group] == expected, number
+            assert [s.remarks for s in group] == [["reward_crashed"] if number == CRASHES else []] * SAMPLES
