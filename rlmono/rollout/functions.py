@@ -134,14 +134,15 @@ def _problem(config: Config, s: Sample) -> str:
         return f"with {len(s.tokens)} tokens, of which response_length {n} are the response: a prompt needs one at least"
     if len(s.tokens) > context_length(config):
         return f"of {len(s.tokens)} tokens, and the context ends at {context_length(config)}"
-    if not all(type(t) is int for t in s.tokens) or not 0 <= min(s.tokens) <= max(s.tokens) < config.model["vocab_size"]:
+    if set(map(type, s.tokens)) != {int} or not 0 <= min(s.tokens) <= max(s.tokens) < config.model["vocab_size"]:
         return f"whose tokens are not all ids from 0 to {config.model['vocab_size'] - 1}"
     for name, values in (("rollout_log_probs", s.rollout_log_probs), ("loss_mask", s.loss_mask), ("weight_versions", s.weight_versions)):
         if values is not None and len(values) != n:
             return f"with {len(values)} {name} for a response of {n} tokens"
     if n and s.rollout_log_probs is None:
         return "without rollout_log_probs: the engine's for what the model wrote, 0 for other tokens"
-    if not all(isinstance(x, (int, float)) and math.isfinite(x) for x in s.rollout_log_probs or ()):
+    log_probs = s.rollout_log_probs or ()
+    if not all(issubclass(kind, (int, float)) for kind in set(map(type, log_probs))) or not all(map(math.isfinite, log_probs)):
         return "with rollout_log_probs that are no finite numbers"
     if s.loss_mask is not None and not set(s.loss_mask) <= {0, 1}:
         return "with a loss_mask that has other values than 0 and 1"

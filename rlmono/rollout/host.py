@@ -86,7 +86,6 @@ class NodeHost:
                     self._by_rank[rank].heard()
                 else:
                     self._upward(rank, message)
-            await asyncio.sleep(0)          # those who got an answer come first
 
     async def watch_engines(self) -> None:
         """For ever: raises RuntimeError for an engine that has requests and is silent. It is looked at twice, so that what has come is read.

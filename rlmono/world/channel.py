@@ -26,7 +26,8 @@ from rlmono.world.store import Deadline, store_get
 
 log = logging.getLogger(__name__)
 _ZAP_DOMAIN = "rlmono"
-_NOW, _NOW_AND_MORE, _READABLE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE), int(zmq.POLLIN)       # pyzmq's enums are slow
+_NOW, _NOW_AND_MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)       # pyzmq's enums are slow
+_EVENTS, _READABLE = int(zmq.EVENTS), int(zmq.POLLIN)
 HEARTBEAT_S = 2.0
 """From one heartbeat to the next, between hosts and from an engine that serves to its host."""
 
@@ -135,15 +136,12 @@ class DeviceSocket:
         self._socket.bind(address)
         self._loop: Optional[asyncio.AbstractEventLoop] = None      # from the first `receive` on
         self._news: Optional[asyncio.Future[None]] = None
-        self._looks = False
 
     def send(self, rank: int, payload: bytes) -> None:
         """At once: ZMQ's queues are unbounded, and drop what is for a peer that is not there."""
         self._socket.send(b"%d" % rank, _NOW_AND_MORE)
         self._socket.send(payload, _NOW)
-        if self._loop is not None and not self._looks:      # ZMQ's file descriptor tells of what has come only once, and a send may take it
-            self._looks = True
-            self._loop.call_soon(self._look)
+        self._look()            # ZMQ's file descriptor tells of what has come only once, and a send may take it
 
     async def receive(self, most: int = 64) -> list[tuple[int, bytes]]:
         """(rank, payload) of the messages that have come, at least one."""
@@ -153,6 +151,8 @@ class DeviceSocket:
         while not (found := self._read(most)):
             self._news = self._loop.create_future()
             await self._news
+        if len(found) == most:
+            await asyncio.sleep(0)          # others come first
         return found
 
     def _read(self, most: int) -> list[tuple[int, bytes]]:
@@ -166,10 +166,7 @@ class DeviceSocket:
         return found
 
     def _look(self) -> None:
-        self._looks = False
-        if self._socket.closed or not int(self._socket.EVENTS) & _READABLE:
-            return
-        if self._news is not None and not self._news.done():
+        if self._news is not None and not self._news.done() and self._socket.getsockopt(_EVENTS) & _READABLE:       # type: ignore[operator]
             self._news.set_result(None)
 
     def close(self) -> None:
