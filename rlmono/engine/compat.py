@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 TESTED = "0.5.16"
+_early: Optional[threading.Thread] = None
 
 
 def check_version() -> None:
@@ -64,12 +65,23 @@ def import_only(architecture: str) -> None:
 
 
 def import_early(architecture: str) -> None:
-    """Begin to import SGLang in a thread: that takes seconds in which a trainer's weights can be read. Whoever imports it later waits for the
-    thread, and gets its error if it had one."""
+    """Begin to import SGLang in a thread: that takes seconds in which a trainer's weights can be read. `finish_import` comes before anybody
+    else imports anything of it."""
+    global _early
     check_version()
     prepare_cpu()
     import_only(architecture)
-    threading.Thread(target=importlib.import_module, args=("sglang.srt.managers.scheduler",), name="import sglang", daemon=True).start()
+    _early = threading.Thread(target=importlib.import_module, args=("sglang.srt.managers.scheduler",), name="import sglang", daemon=True)
+    _early.start()
+
+
+def finish_import(timeout_s: float) -> None:
+    """Wait for the thread of `import_early`, if there is one: SGLang's modules import each other in circles, and who imports one of them
+    meanwhile finds some half made. What the thread failed with comes again when it is imported."""
+    if _early is not None:
+        _early.join(timeout_s)
+        if _early.is_alive():
+            raise TimeoutError(f"import of SGLang: not within {timeout_s:g} s")
 
 
 def copies_of_weights(model: torch.nn.Module) -> list[torch.nn.Module]:

@@ -38,6 +38,7 @@ class Engine:
         compat.check_version()
         compat.prepare_cpu()
         compat.import_only(config.model["architecture"])
+        compat.finish_import(config.start_timeout_s)
         from rlmono.engine.arguments import server_args
         from rlmono.engine.groups import make_groups
 

@@ -18,7 +18,7 @@ ROLLOUTS, BATCH, SAMPLES = 3, 4, 4
 
 def _write(path: Path, name: str, rows: int) -> Path:
     path.write_text("".join(json.dumps({"messages": [{"role": "user", "content": f"{10 + i}+{20 + i}"}], "label": str(30 + 2 * i),
-                                        "metadata": {"source": name, "row": i}}) + "\n" for i in range(rows)))
+                                        "metadata": {"file": name, "row": i}}) + "\n" for i in range(rows)))
     return path
 
 
@@ -43,9 +43,9 @@ def _groups(job: Job, rollout_id: int) -> dict[int, list[Sample]]:
 def test_each_file_gives_its_share_and_the_slice_alone(job: Job) -> None:
     """3 of 4 prompts are of the first file; the 4 rows of the second's slice go round, and none comes again before all have come."""
     given = [group[0].metadata for r in range(ROLLOUTS) for group in _groups(job, r).values()]
-    assert Counter(m["source"] for m in given) == {"many": 3 * ROLLOUTS, "few": ROLLOUTS}
-    assert all(Counter(group[0].metadata["source"] for group in _groups(job, r).values()) == {"many": 3, "few": 1} for r in range(ROLLOUTS))
-    few, many = ([m["row"] for m in given if m["source"] == name] for name in ("few", "many"))
+    assert Counter(m["file"] for m in given) == {"many": 3 * ROLLOUTS, "few": ROLLOUTS}
+    assert all(Counter(group[0].metadata["file"] for group in _groups(job, r).values()) == {"many": 3, "few": 1} for r in range(ROLLOUTS))
+    few, many = ([m["row"] for m in given if m["file"] == name] for name in ("few", "many"))
     assert set(few) <= {5, 6, 7, 8} and len(set(few)) == ROLLOUTS and len(set(many)) == 3 * ROLLOUTS
     assert many != sorted(many), "shuffled"
 
