@@ -77,15 +77,15 @@ class NodeHost:
 
     async def read_devices(self) -> None:
         """For ever: answers go to their engine's client, everything else up to the controller."""
-        while True:
-            for rank, payload in await self._devices.receive():
-                message = decode(payload)
-                if isinstance(message, Outputs):
-                    self._by_rank[rank].deliver(message)
-                elif isinstance(message, Heartbeat):
-                    self._by_rank[rank].heard()
-                else:
-                    self._upward(rank, message)
+        def take(rank: int, payload: bytes) -> None:
+            message = decode(payload)
+            if isinstance(message, Outputs):
+                self._by_rank[rank].deliver(message)
+            elif isinstance(message, Heartbeat):
+                self._by_rank[rank].heard()
+            else:
+                self._upward(rank, message)
+        await self._devices.serve(take)
 
     async def watch_engines(self) -> None:
         """For ever: raises RuntimeError for an engine that has requests and is silent. It is looked at twice, so that what has come is read.

@@ -13,7 +13,7 @@ import os
 import socket
 import tempfile
 from pathlib import Path
-from typing import Optional
+from typing import Callable, Optional
 
 import zmq
 import zmq.asyncio
@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 _ZAP_DOMAIN = "rlmono"
 _NOW, _NOW_AND_MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)       # pyzmq's enums are slow
 _EVENTS, _READABLE = int(zmq.EVENTS), int(zmq.POLLIN)
+_AT_ONCE = 64
+"""Messages in a turn of the loop."""
 HEARTBEAT_S = 2.0
 """From one heartbeat to the next, between hosts and from an engine that serves to its host."""
 
@@ -124,8 +126,8 @@ class HostLink:
 class DeviceSocket:
     """A host's end for its device ranks: ROUTER; a rank's identity is its number (`3/name` that of a link besides).
 
-    Not one of pyzmq's asyncio sockets, which take several futures and turns of the loop for every message: a send is one call, and
-    `receive` hands over all that has come. Used on one event loop.
+    Not one of pyzmq's asyncio sockets, which take several futures and turns of the loop for every message: a send is one call, and all that
+    has come is handed over in one turn. Used on one event loop.
     """
 
     def __init__(self, context: zmq.asyncio.Context, address: str):
@@ -134,44 +136,52 @@ class DeviceSocket:
         self._socket.setsockopt(zmq.SNDHWM, 0)
         self._socket.setsockopt(zmq.RCVHWM, 0)
         self._socket.bind(address)
-        self._loop: Optional[asyncio.AbstractEventLoop] = None      # from the first `receive` on
-        self._news: Optional[asyncio.Future[None]] = None
+        self._take: Optional[Callable[[int, bytes], None]] = None
+        self._failed: asyncio.Future[None]
+        self._reads_soon = False
 
     def send(self, rank: int, payload: bytes) -> None:
         """At once: ZMQ's queues are unbounded, and drop what is for a peer that is not there."""
         self._socket.send(b"%d" % rank, _NOW_AND_MORE)
         self._socket.send(payload, _NOW)
-        self._look()            # ZMQ's file descriptor tells of what has come only once, and a send may take it
+        # ZMQ's file descriptor tells of what has come only once, and a send may take it.
+        if self._take is not None and self._socket.getsockopt(_EVENTS) & _READABLE:      # type: ignore[operator]
+            self._read_soon()
 
-    async def receive(self, most: int = 64) -> list[tuple[int, bytes]]:
-        """(rank, payload) of the messages that have come, at least one."""
-        if self._loop is None:
-            self._loop = asyncio.get_running_loop()
-            self._loop.add_reader(self._socket.FD, self._look)
-        while not (found := self._read(most)):
-            self._news = self._loop.create_future()
-            await self._news
-        if len(found) == most:
-            await asyncio.sleep(0)          # others come first
-        return found
-
-    def _read(self, most: int) -> list[tuple[int, bytes]]:
-        found: list[tuple[int, bytes]] = []
+    async def serve(self, take: Callable[[int, bytes], None]) -> None:
+        """For ever: `take(rank, payload)` for every message. Raises what it raises."""
+        loop = asyncio.get_running_loop()
+        self._take, self._failed, descriptor = take, loop.create_future(), self._socket.FD
+        loop.add_reader(descriptor, self._read)
         try:
-            while len(found) < most:
-                identity, payload = self._socket.recv_multipart(_NOW)
-                found.append((int(identity.partition(b"/")[0]), payload))
-        except zmq.Again:
-            pass
-        return found
+            self._read()
+            await self._failed
+        finally:
+            self._take = None
+            loop.remove_reader(descriptor)
 
-    def _look(self) -> None:
-        if self._news is not None and not self._news.done() and self._socket.getsockopt(_EVENTS) & _READABLE:       # type: ignore[operator]
-            self._news.set_result(None)
+    def _read_soon(self) -> None:
+        if not self._reads_soon:
+            self._reads_soon = True
+            asyncio.get_running_loop().call_soon(self._read)
+
+    def _read(self) -> None:
+        self._reads_soon = False
+        try:
+            for _ in range(_AT_ONCE):
+                if self._take is None:
+                    return
+                identity, payload = self._socket.recv_multipart(_NOW)
+                self._take(int(identity.partition(b"/")[0]), payload)
+            self._read_soon()           # others come first
+        except zmq.Again:
+            return
+        except Exception as e:
+            self._take = None
+            if not self._failed.done():
+                self._failed.set_exception(e)
 
     def close(self) -> None:
-        if self._loop is not None and not self._loop.is_closed():
-            self._loop.remove_reader(self._socket.FD)
         self._socket.close()
 
 
