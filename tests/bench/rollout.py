@@ -244,14 +244,14 @@ def echoed(tokens: int, requests: int) -> float:
 # ---------------------------------------------------------------- latency
 
 def latency(tmp: Path) -> list[dict[str, Any]]:
-    """Requests come one by one, at random moments, and each is answered after a fixed time of its own."""
+    """Prompts come one by one, at random moments, each with a group's requests; each of these is answered after a fixed time of its own."""
     out = []
     for tokens, load in LOADS.items():
         for path, what in (("answered", "to its answer"), ("", "to its text and reward")):
             added = asyncio.run(added_s(tmp, tokens, load / 2, path))
             p50, p99 = statistics.median(added) * 1e3, statistics.quantiles(added, n=100)[98] * 1e3
             out.append(figure(f"added to a request of {tokens} tokens {what}, p99", p99, "ms", "<= 5" if path == "answered" or tokens < 1000 else "",
-                              f"{load // 2} requests a second", f"median {p50:.2f} ms, of {len(added)}"))
+                              f"{load // 2} requests a second, in groups of {GROUP}", f"median {p50:.2f} ms, of {len(added)}"))
     return out
 
 
@@ -259,27 +259,27 @@ async def answered(args: Any, sample: Any, sampling: Any, state: Any) -> Any:
     """A generate function that ends with the engine's answer: neither text nor reward."""
     from rlmono.rollout.generate import append_tokens
     append_tokens(sample, await state.generate(sample.tokens, sampling))
-    sample.reward, sample.response = 0.0, "-"
+    sample.reward, sample.response, sample.metadata = 0.0, "-", {"ended": time.monotonic()}
     return sample
 
 
 async def added_s(folder: Path, tokens: int, rate: float, path: str) -> list[float]:
     """What each request took beyond its engine's time: from when it was made to when its engine had it, and from when that had
-    written its answer to when it was finished. Clocks are the machine's monotonic one."""
+    written its answer to when its function had it, or its group was finished. Clocks are the machine's monotonic one."""
     draw, seconds = random.Random(0), 8.0
     async with host(folder, tokens, delay_s=0.1, function=path) as h:
-        async def one() -> float:
+        async def one() -> list[float]:
             begun = time.monotonic()
-            (sample,) = await h.cluster.run_group(h.group(1), h.sampling, False)
-            ended, (came, went) = time.monotonic(), sample.rollout_log_probs[:2]
-            return float(came - begun + ended - went)
+            samples, ended = await h.cluster.run_group(h.group(), h.sampling, False), time.monotonic()
+            times = [(s.metadata.get("ended", ended), *s.rollout_log_probs[:2]) for s in samples]
+            return [came - begun + ended - went for ended, came, went in times]
         begun, at, tasks = time.monotonic(), 0.0, []
         while at < seconds:
-            at += draw.expovariate(rate)
+            at += draw.expovariate(rate / GROUP)
             await asyncio.sleep(max(0.0, begun + at - time.monotonic()))
             tasks.append(asyncio.create_task(one()))
-        added = await asyncio.gather(*tasks)
-        return list(added[len(added) // 10:])       # after the first second
+        added = [s for group in await asyncio.gather(*tasks) for s in group]
+        return added[len(added) // 10:]       # after the first second
 
 
 # ---------------------------------------------------------------- exact
