@@ -50,8 +50,8 @@ def bare(engine: Any, prompt: int, lengths: list[int]) -> float:
 
     from rlmono.engine.engine import _generate_request
     from rlmono.world.messages import Generate, Sampling
-    waiting = [_generate_request(Generate(f"{i:016x}", [9] * (prompt - 2) + [i // 64, i % 64], Sampling(n, ignore_eos=True)))
-               for i, n in enumerate(lengths)]
+    waiting = [_generate_request(Generate(f"{i:016x}", [9] * (prompt - 2) + [i // 64, i % 64], Sampling(n, ignore_eos=True)),
+                                 engine.scheduler.tokenizer) for i, n in enumerate(lengths)]
     finished = ended = 0
 
     def pull(_: Any) -> list[Any]:

@@ -252,7 +252,7 @@ def latency(tmp: Path) -> list[dict[str, Any]]:
             p50, p99 = statistics.median(added) * 1e3, statistics.quantiles(added, n=100)[98] * 1e3
             out.append(figure(f"added to a request of {tokens} tokens {what}, p99", p99, "ms", "<= 5" if path == "answered" or tokens < 1000 else "",
                               f"{load // 2} requests a second, in groups of {GROUP}",
-                              f"median {p50:.2f} ms, of {len(added)}; the answers of a group come at once and wait for each other"))
+                              f"median {p50:.2f} ms, of {len(added)}"))
     return out
 
 
