@@ -107,7 +107,7 @@ class Prompts:
         except ValueError as e:
             raise DataError(f"{prompt.where}: {e}") from e
         return [Sample(index=sample + i, group_index=group, prompt=prompt.prompt, tokens=list(tokens), label=prompt.label,
-                       metadata={**prompt.metadata, "source": prompt.where}, tools=prompt.tools) for i in range(n)]
+                       metadata={"source": prompt.where, **prompt.metadata}, tools=prompt.tools) for i in range(n)]
 
     def _conversation(self, prompt: Prompt, group: int, sample: int) -> Sample:
         """A row of SFT data: what comes from the first learned token on is the response."""

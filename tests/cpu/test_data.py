@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import subprocess
@@ -18,11 +19,13 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from rlmono import quickstart
+from rlmono.config.schema import Config
 from rlmono.data.bytewise import byte_table
 from rlmono.data.cursor import DataCursor
 from rlmono.data.prompts import PromptSource, open_source, split_slice
 from rlmono.data.rows import DataError, Prompt, Rules
 from rlmono.data.tokenizer import Tokenizer, TokenizerError
+from rlmono.rollout.prompts import Prompts
 
 # ---------------------------------------------------------------- prompt files
 
@@ -346,3 +349,11 @@ def test_the_rooms_are_light() -> None:
             "print([m for m in ('torch', 'transformers', 'sglang', 'megatron', 'sympy', 'zmq') if m in sys.modules])")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_where_a_prompt_is_from_is_noted_unless_its_metadata_says_so(tmp_path: Path) -> None:
+    quickstart.write_tokenizer(tmp_path)
+    path = write(tmp_path / "a.jsonl", {"input": "1+1"}, {"input": "2+2", "metadata": {"source": "exam"}})
+    config = dataclasses.replace(Config(), prompt_data=(path,), input_key="input", n_samples_per_prompt=1, rm_type="random")
+    groups = Prompts(config, Tokenizer(str(tmp_path))).next_groups(0, 2)
+    assert [g[0].metadata["source"] for g in groups] == [f"{path}:1", "exam"]
