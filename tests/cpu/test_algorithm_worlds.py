@@ -31,6 +31,7 @@ def test_on_one_rank(one: dict[str, Result], name: str) -> None:
     one[name].check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", case_names(TWO))
 def test_on_two_ranks(two: dict[str, Result], name: str) -> None:
     two[name].check()

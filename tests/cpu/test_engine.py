@@ -21,7 +21,7 @@ SCRIPT = WORLDS / "engine.py"
 WORLD = {"one_engine": (1, "untied", 1, 1), "tensor_parallel": (2, "tied", 2, 1), "two_engines": (2, "untied", 1, 2)}
 
 
-@pytest.fixture(scope="module", params=WORLD)
+@pytest.fixture(scope="module", params=[pytest.param("one_engine", marks=pytest.mark.slow), "tensor_parallel", "two_engines"])
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
     ranks, model, engine_tp, trainer_tp = WORLD[request.param]
     return run_world(SCRIPT, ranks, str(tmp_path_factory.mktemp(request.param)), model, str(engine_tp), str(trainer_tp), timeout_s=900)

@@ -88,6 +88,7 @@ def test_a_checkpoint_of_any_layout_loads_on_every_other(moved: list[dict[str, A
 
 # ---------------------------------------------------------------- the engine
 
+@pytest.mark.slow
 def test_changed_values_reach_the_engine(folder: Path) -> None:
     """Rotary base and percentage, and norm epsilon: trainer and engine agree, and are others than without."""
     run_world(ENGINE, 1, str(folder), "glm4_moe", "rotary_base=300", "rotary_percent=0.25", "norm_epsilon=0.01",
