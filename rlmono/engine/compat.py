@@ -55,13 +55,15 @@ def prepare_cpu() -> None:
 def import_only(architecture: str) -> None:
     """Of SGLang's 200 model files, import the one that has this architecture (and what it imports): SGLang has a variable for that. Before
     anything of SGLang is imported; a value that the user has set stays."""
+    if "SGLANG_DISABLED_MODEL_ARCHS" in os.environ:
+        return
     spec = importlib.util.find_spec("sglang")
     assert spec is not None and spec.submodule_search_locations
     files = sorted((Path(spec.submodule_search_locations[0]) / "srt" / "models").glob("*.py"))
     has_it = re.compile(rf"^class {re.escape(architecture)}\b", re.MULTILINE)
-    if any(has_it.search(f.read_text()) for f in files):
-        others = (f.stem for f in files if not has_it.search(f.read_text()))
-        os.environ.setdefault("SGLANG_DISABLED_MODEL_ARCHS", ",".join(others))
+    others = [f.stem for f in files if not has_it.search(f.read_text())]
+    if len(others) < len(files):
+        os.environ["SGLANG_DISABLED_MODEL_ARCHS"] = ",".join(others)
 
 
 def import_early(architecture: str) -> None:

@@ -45,7 +45,7 @@ class Direct:
     def __init__(self, sources: Sources, places: Places, travels: frozenset[str]):
         self._held = [(p, p.detach()) for p in sources.held.values()]
         here = [t for t in sources.tensors if t.name not in travels]
-        self._local = [pair for t in here for pair in _local_pairs(t, sources, places)]
+        self._local = [pair for t in here for pair in _shard_pairs(t, sources.held[t.name].detach(), *_rank_and_size(t, sources), places)]
         self._buckets = [_Bucket(b, sources, places) for b in _buckets([t for t in sources.tensors if t.name in travels], sources)]
 
     @property
@@ -141,9 +141,10 @@ def _is_far(t: Tensor, sources: Sources, places: Places) -> bool:
     return any(meet(box, wanted) != wanted for name, box in zip(t.hf_names, boxes, strict=True) for wanted, _ in places[name][1])
 
 
-def _local_pairs(t: Tensor, sources: Sources, places: Places) -> Iterator[Pair]:
-    boxes = _boxes(t, places, *_rank_and_size(t, sources))
-    for name, view, box in zip(t.hf_names, _views(t, sources.held[t.name].detach(), boxes), boxes, strict=True):
+def _shard_pairs(t: Tensor, shard: torch.Tensor, rank: int, size: int, places: Places) -> Iterator[Pair]:
+    """Copies from what rank `rank` of `size` holds of the tensor."""
+    boxes = _boxes(t, places, rank, size)
+    for name, view, box in zip(t.hf_names, _views(t, shard, boxes), boxes, strict=True):
         yield from _pairs(view, box, places[name][1])
 
 
@@ -177,9 +178,8 @@ class _Bucket:
         flat = torch.empty(self._shape, dtype=self._shards[0].dtype, device="meta")         # no memory: only strides and offsets
         for rank in range(size):
             for t, shard in zip(tensors, self._split(flat[rank]), strict=True):
-                boxes = _boxes(t, places, rank, size)
-                for name, view, box in zip(t.hf_names, _views(t, shard, boxes), boxes, strict=True):
-                    self._parts += [(to, part.shape, part.stride(), int(part.storage_offset())) for to, part in _pairs(view, box, places[name][1])]
+                self._parts += [(to, part.shape, part.stride(), int(part.storage_offset()))
+                                for to, part in _shard_pairs(t, shard, rank, size, places)]
 
     def _split(self, row: torch.Tensor) -> list[torch.Tensor]:
         """A rank's row of the bucket as its shards."""
