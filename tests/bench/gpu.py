@@ -36,6 +36,8 @@ RIG = ("ceilings", "train", "update", "swap", "cycle")
 SECTIONS = (*RIG, "cpu_adam", "rollout", "run", "fp8", "peer")
 SHARES = {"rig": 0.5, "cpu_adam": 0.2, "rollout": 0.24, "run": 0.26, "fp8": 0.4, "peer": 0.5}
 """Of the budget, at most, for each process."""
+ROLLOUTS = 3
+"""Of a run as a user starts it."""
 
 
 def main() -> int:
@@ -56,7 +58,7 @@ def main() -> int:
         parser.error(f"no such section: {', '.join(unknown)}; there are {', '.join(SECTIONS)}")
     out = a.out or Path(tempfile.mkdtemp(prefix="gpu-bench-"))
     out.mkdir(parents=True, exist_ok=True)
-    gpu = os.path.exists("/dev/nvidiactl") or os.path.exists("/dev/nvidia0")
+    gpu = has_gpu()
     shape = a.shape or ("qwen3-4b" if gpu else "tiny")
     tokens = a.tokens or (512 if gpu else 8)
     end, work = time.monotonic() + a.budget_s, Path(tempfile.mkdtemp(prefix="gpu-bench-work-"))
@@ -78,6 +80,11 @@ def main() -> int:
     return table(out, a.keep and gpu)
 
 
+def has_gpu() -> bool:
+    """Without importing torch."""
+    return os.path.exists("/dev/nvidiactl") or os.path.exists("/dev/nvidia0")
+
+
 def torchrun(ranks: int) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(free_port())]
 
@@ -88,15 +95,20 @@ def rig(a: argparse.Namespace, sections: list[str], made: Path, out: Path, token
 
 
 def user_run(made: Path, work: Path, tokens: int, gpu: bool, a: argparse.Namespace) -> list[str]:
-    """Three rollouts, policy auto."""
+    """Policy auto."""
+    return train_command(made / "model", work / "run", tokens, gpu, a.ranks, "0.7", "--lr", "1e-6", "--tensor-model-parallel-size", str(a.tp),
+                         "--rollout-num-gpus-per-engine", str(a.engine_tp))
+
+
+def train_command(model: Path, run: Path, tokens: int, gpu: bool, ranks: int, fraction: str, *more: str) -> list[str]:
+    """`rlmono train` as a user starts it, colocated, with a model of random_model.py; `fraction` of a GPU's memory is the engine's."""
     prompts, samples, pack = ("32", "8", "8192") if gpu else ("2", "2", "512")
-    more = ["--sglang-mem-fraction-static", "0.7", "--sglang-cuda-graph-max-bs-decode", "256", "--recompute-granularity", "auto"] if gpu else []
-    return [*torchrun(a.ranks + 1), "-m", "rlmono", "train", "--run-dir", str(work / "run"), "--progress", "plain",
-            "--hf-checkpoint", str(made / "model"), "--prompt-data", str(made / "prompts.jsonl"), "--input-key", "messages",
-            "--label-key", "label", "--apply-chat-template", "--custom-rm-path", "rlmono.quickstart.reward", "--num-rollout", "3",
+    on_gpu = ["--sglang-mem-fraction-static", fraction, "--sglang-cuda-graph-max-bs-decode", "256", "--recompute-granularity", "auto"] if gpu else []
+    return [*torchrun(ranks + 1), "-m", "rlmono", "train", "--run-dir", str(run), "--progress", "plain",
+            "--hf-checkpoint", str(model), "--prompt-data", str(model.parent / "prompts.jsonl"), "--input-key", "messages",
+            "--label-key", "label", "--apply-chat-template", "--custom-rm-path", "rlmono.quickstart.reward", "--num-rollout", str(ROLLOUTS),
             "--rollout-batch-size", prompts, "--n-samples-per-prompt", samples, "--rollout-max-response-len", str(tokens),
-            "--use-dynamic-batch-size", "--max-tokens-per-gpu", pack, "--colocate", "--lr", "1e-6", "--tensor-model-parallel-size", str(a.tp),
-            "--rollout-num-gpus-per-engine", str(a.engine_tp), *more]
+            "--use-dynamic-batch-size", "--max-tokens-per-gpu", pack, "--colocate", *on_gpu, *more]
 
 
 def call(name: str, command: list[str], out: Path, limit_s: float, more: dict[str, str] | None = None) -> int:

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -16,8 +15,8 @@ from typing import Any
 
 import gpu
 
-GENERATED, TRAINED = ("qwen3-8b", "qwen3-0.6b") if os.path.exists("/dev/nvidiactl") or os.path.exists("/dev/nvidia0") else ("tiny", "tiny")
-ROLLOUTS = 3
+ON_GPU = gpu.has_gpu()
+GENERATED, TRAINED = ("qwen3-8b", "qwen3-0.6b") if ON_GPU else ("tiny", "tiny")
 
 
 def main() -> int:
@@ -42,20 +41,13 @@ def make(shape: str, work: Path) -> tuple[Path, Path | None]:
     subprocess.run([sys.executable, str(gpu.BENCH / "random_model.py"), shape, str(made)], check=True)
     convert = [sys.executable, "-m", "rlmono", "convert", "bf16-to-fp8", "--model-dir", str(made / "model"), "--save-dir", str(made / "fp8")]
     subprocess.run([*convert, "--strategy", "block", "--block-size", "128", "128", "--max-workers", "8"], check=True)
-    return made / "model", made / "fp8" if GENERATED != "tiny" else None
+    return made / "model", made / "fp8" if ON_GPU else None
 
 
 def run(model: Path, folder: Path, what: str) -> list[dict[str, Any]]:
     """Metrics of the run's rollouts."""
-    on_gpu = GENERATED != "tiny"
-    size = ("32", "8", "512") if on_gpu else ("2", "2", "8")
     more = ["--debug-rollout-only"] if what == "speed" else ["--check-weight-update-equal", "--lr", "1e-6"]
-    more += ["--sglang-mem-fraction-static", "0.5", "--sglang-cuda-graph-max-bs-decode", "256", "--recompute-granularity", "auto"] if on_gpu else []
-    command = [*gpu.torchrun(2), "-m", "rlmono", "train", "--run-dir", str(folder), "--progress", "plain", "--hf-checkpoint", str(model),
-               "--prompt-data", str(model.parent / "prompts.jsonl"), "--input-key", "messages", "--label-key", "label", "--apply-chat-template",
-               "--custom-rm-path", "rlmono.quickstart.reward", "--num-rollout", str(ROLLOUTS), "--rollout-batch-size", size[0],
-               "--n-samples-per-prompt", size[1], "--rollout-max-response-len", size[2], "--use-dynamic-batch-size", "--max-tokens-per-gpu", "8192",
-               "--colocate", *more]
+    command = gpu.train_command(model, folder, 512 if ON_GPU else 8, ON_GPU, 1, "0.5", *more)
     print(" ".join(command), flush=True)
     subprocess.run(command, check=True, timeout=300)
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -64,7 +56,7 @@ def run(model: Path, folder: Path, what: str) -> list[dict[str, Any]]:
 def accuracy(shape: str, rows: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     name = "train/train_rollout_logprob_abs_diff"
     return [gpu.figure(f"rollout in {kind}, {shape}: mean |Δlogprob| between engine and trainer",
-                       max(r[name] for r in found if name in r), "", "", f"the trainer in bf16, {ROLLOUTS} rollouts, the largest",
+                       max(r[name] for r in found if name in r), "", "", f"the trainer in bf16, {gpu.ROLLOUTS} rollouts, the largest",
                        "updates compared bit for bit") for kind, found in rows.items()]
 
 

@@ -31,7 +31,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--policies", default="none,optimizer")
     a = parser.parse_args()
-    gpu = os.path.exists("/dev/nvidiactl") or os.path.exists("/dev/nvidia0")
+    from gpu import has_gpu
+    gpu = has_gpu()
     sections = a.sections.split(",")
     if gpu and sections != ["rollout"]:
         from rlmono.memory.saver import preload
