@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from typing import Any, Iterable, Mapping, Optional, Sequence
+from typing import Any, Callable, Iterable, Mapping, Optional, Sequence
 
 import torch
 import torch.distributed as dist
@@ -78,9 +78,10 @@ class Engine:
             scheduler.tokenizer = get_tokenizer(self.args.tokenizer_path)
         return scheduler
 
-    def serve(self) -> None:
-        """One phase: answer requests until EndPhase, which the host sends after the last answer."""
+    def serve(self, each_step: Callable[[], None] = lambda: None) -> None:
+        """One phase: answer requests until EndPhase, which the host sends after the last answer. `each_step` is called before every step."""
         self.scheduler.gracefully_exit = False
+        self._traffic.each_step = each_step
         with self.rng, BatchInvariant() if self._batch_invariant else contextlib.nullcontext():
             self.scheduler.run_event_loop()
 
@@ -168,6 +169,7 @@ class _Traffic:
         self._engine, self._link = engine, link
         self._partial: dict[str, tuple[list[int], list[float]]] = {}
         self._beaten = 0.0
+        self.each_step: Callable[[], None] = lambda: None
 
     def make_channels(self, *, is_rank_zero: bool, **_: Any) -> Any:
         """Stands for SchedulerIpcChannels.create."""
@@ -178,6 +180,7 @@ class _Traffic:
 
     def pull(self, receiver: Any) -> Optional[list[Any]]:
         """Stands for SchedulerRequestReceiver._pull_raw_reqs: all messages that have come, as SGLang's requests."""
+        self.each_step()
         if not self._engine.is_first:
             return None
         self._beat()

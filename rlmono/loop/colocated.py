@@ -36,7 +36,7 @@ def run(world: World, plan: RunPlan, link: HostLink) -> None:
         for rollout_id in range(plan.start, plan.num_rollout):
             with phases.rollout(rollout_id, link):
                 with phases("generate"):
-                    engine.serve()              # evaluation and rollout, until the controller ends the phase
+                    engine.serve(phases.tick)   # evaluation and rollout, until the controller ends the phase
                     engine.drain()
                 with phases("swap"):
                     wake_up_s = memory.to("train")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Optional
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from rlmono.loop.world import World
 from rlmono.observe.phases import Phases
@@ -23,11 +25,25 @@ class RankPhases(Phases):
         super().__init__()
         self._world = world
         self._rollouts = set(world.config.profile_rollouts) if world.config.profile else set()
+        self._activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if world.device == "cuda" else [])]
+        self._profiler: Optional[profile] = None
+        self._until: Optional[float] = None     # when the phase under way is no longer traced
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         with super().__call__(name), torch.profiler.record_function(f"phase: {name}"):
+            if name == "generate" and self._profiler is not None:
+                self._until = time.monotonic() + self._world.config.profile_generate_s
             yield
+            if name == "generate" and self._profiler is not None and self._until is None:
+                self._profiler.toggle_collection_dynamic(True, self._activities)
+            self._until = None
+
+    def tick(self) -> None:
+        """Called before every step of the engine: its first seconds say it all, and thousands of steps take minutes to write."""
+        if self._until is not None and self._profiler is not None and time.monotonic() > self._until:
+            self._profiler.toggle_collection_dynamic(False, self._activities)
+            self._until = None
 
     @contextlib.contextmanager
     def rollout(self, rollout_id: int, link: HostLink) -> Iterator[None]:
@@ -38,10 +54,9 @@ class RankPhases(Phases):
 
     @contextlib.contextmanager
     def _trace(self, rollout_id: int) -> Iterator[None]:
-        from torch.profiler import ProfilerActivity, profile
-        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._world.device == "cuda" else [])]
-        with profile(activities=activities) as profiler:
+        with profile(activities=self._activities) as self._profiler:
             yield
+        profiler, self._profiler = self._profiler, None
         _write(profiler, self._world, rollout_id)
 
 

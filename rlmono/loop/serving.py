@@ -25,7 +25,7 @@ def run(world: World, plan: RunPlan, link: HostLink) -> None:
     for rollout_id in range(plan.start, plan.num_rollout):
         with phases.rollout(rollout_id, link):
             with phases("generate"):
-                engine.serve()
+                engine.serve(phases.tick)
                 engine.drain()
             saver.save_if_due(rollout_id)   # its random state
             with phases("update"):

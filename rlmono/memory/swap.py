@@ -6,13 +6,14 @@ A tag is memory with one purpose. SGLang's tags are *dropped* when no state need
 come back empty: the KV cache; the engine's weights, which the next update fills). The trainer's are moved by ourselves: gradients are dropped,
 the others are *kept* in pinned host memory. Which of them leave, the plan says (plan.py); a transition moves only tags whose need changes.
 
-What is kept begins to leave in `sync`, beside the update of the weights; and it begins to come back in `train`, beside the first
-passes: the optimizer's state is waited for only before the optimizer runs (`wait`).
+What is kept begins to leave in `sync`, beside the update of the weights, and goes on beside `rollout` where the KV cache has room next to
+it; and it begins to come back in `train`, beside the first passes: the optimizer's state is waited for only before the optimizer runs (`wait`).
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from dataclasses import dataclass
 from typing import Any, Iterable, Mapping, Optional, Protocol
@@ -21,13 +22,15 @@ import torch
 
 from rlmono.memory.holding import Holding
 from rlmono.memory.host import HostMemory
-from rlmono.memory.plan import GIB, TRAINER_TAGS, SwapPlan
+from rlmono.memory.plan import GIB, RESERVE, TRAINER_TAGS, SwapPlan
 
 log = logging.getLogger(__name__)
 
 STATES = ("boot", "sync", "rollout", "train")
 BUILT = "start"
 """Where a role has just been built: all of it is present."""
+LEAVE_S = 300
+"""For what leaves beside a phase: hundreds of GiB travel in that time."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class Memory:
         self.sizes: dict[str, int] = {}
         self.metrics: dict[str, float] = {}
         self._present: set[str] = set()
+        self._follower: Optional[_Follower] = None
 
     # ------------------------------------------------------------ who is here
 
@@ -85,7 +89,9 @@ class Memory:
             self._present |= {t.name for t in ENGINE_TAGS}
 
     def wait(self) -> None:
-        """What came back is there for whatever the device does from now on: before the optimizer runs, and before it is saved."""
+        """What came back is there for whatever the device does from now on: before the optimizer runs, and before it is saved.
+        What was leaving beside the last phase has left."""
+        self._finish_leaving()
         for holding in self.holdings.values():
             if holding.here:
                 holding.wait()
@@ -106,13 +112,16 @@ class Memory:
 
     def _move(self, state: str) -> int:
         """Bytes that began to travel between GPU and host."""
+        self._finish_leaving()
         wanted = {t.name for t in (*ENGINE_TAGS, *TRAINER) if state in t.needed_in or (t in TRAINER and t.name not in self.plan.leaves)}
         leaving, coming = self._present - wanted, wanted - self._present
         if not leaving and not coming:
             return 0
-        _synchronize()
-        _empty_cache()                  # what the last phase computed with
-        moved = self._leave(leaving, only_begin=state == "sync")
+        beside = state == "rollout" and _cuda() and self._room_for(coming, RESERVE)
+        if not beside:
+            _synchronize()
+            _empty_cache()              # what the last phase computed with
+        moved = self._leave(leaving, only_begin=state == "sync" or beside)
         if state == "sync" and not self._room_for(coming):
             moved += self._leave(leaving & self._present, only_begin=False)
         for tag in ENGINE_TAGS:
@@ -127,6 +136,8 @@ class Memory:
             self._holding_wait("params")
         if "frozen" in coming:
             self._holding_wait("frozen")
+        if beside and (still := [self.holdings[name] for name in leaving & self._present]):
+            self._follower = _Follower(still)
         return moved
 
     def _leave(self, tags: set[str], only_begin: bool) -> int:
@@ -135,22 +146,25 @@ class Memory:
         for tag in ENGINE_TAGS:
             if tag.name in tags and self.engine is not None:
                 self._drop_of_engine(tag.name)
-        gone = False
-        for tag in TRAINER:
-            if tag.name not in tags:
-                continue
-            holding = self.holdings[tag.name]
-            if self.host is not None:
-                holding.reserve(self.host)
-            if only_begin and tag.kept:
-                moved += holding.start_out()
-                continue
-            moved += holding.leave()
-            self._present.discard(tag.name)
-            gone = True
-        if gone:
-            _empty_cache()
-        return moved
+        going = [t for t in TRAINER if t.name in tags]
+        begin = [t for t in going if t.kept and only_begin]
+        if self.host is not None:
+            for tag in going:
+                self.holdings[tag.name].reserve(self.host)
+        for tag in going:
+            if tag not in begin:
+                moved += self.holdings[tag.name].leave()
+                self._present.discard(tag.name)
+        if len(begin) < len(going):
+            _empty_cache()              # before a copy begins: to free waits for all that the device does
+        return moved + sum(self.holdings[tag.name].start_out() for tag in begin)
+
+    def _finish_leaving(self) -> None:
+        """What left beside the last phase has left."""
+        if self._follower is not None:
+            self._follower.end()
+            self._present -= {h.name for h in self._follower.holdings}
+            self._follower = None
 
     def _drop_of_engine(self, name: str) -> None:
         assert self.engine is not None
@@ -164,9 +178,9 @@ class Memory:
         if name in self.holdings:
             self.holdings[name].wait()
 
-    def _room_for(self, tags: set[str]) -> bool:
+    def _room_for(self, tags: set[str], more: int = 0) -> bool:
         """Is there room for the engine's tags beside what has only begun to leave? Taking memory that is not there would end the process."""
-        return self.saver is None or sum(self.sizes.get(t.name, 0) for t in ENGINE_TAGS if t.name in tags) <= _free()
+        return self.saver is None or sum(self.sizes.get(t.name, 0) for t in ENGINE_TAGS if t.name in tags) + more <= _free()
 
     # ------------------------------------------------------------ what is where
 
@@ -180,6 +194,33 @@ class Memory:
         """Metrics: bytes of each tag, and what the last transitions took."""
         waited = {"perf/memory/pin_wait_time": self.host.waited_s} if self.host is not None else {}
         return {f"perf/memory/{name}_gib": n / GIB for name, n in self.sizes.items()} | self.metrics | waited
+
+
+class _Follower(threading.Thread):
+    """Lets go of what has begun to leave, as soon as it has arrived, while the engine generates."""
+
+    def __init__(self, holdings: list[Holding]):
+        super().__init__(name="follow what leaves", daemon=True)
+        self.holdings, self._device = holdings, torch.cuda.current_device()
+        self._error: Optional[Exception] = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            torch.cuda.set_device(self._device)
+            for holding in self.holdings:
+                holding.leave()
+            _empty_cache()
+        except Exception as e:          # told by `end`
+            self._error = e
+
+    def end(self) -> None:
+        """Wait for it; raises what went wrong there, and TimeoutError."""
+        self.join(LEAVE_S)
+        if self.is_alive():
+            raise TimeoutError(f"{', '.join(h.name for h in self.holdings)} has not left the GPU within {LEAVE_S} s")
+        if self._error is not None:
+            raise self._error
 
 
 def _cuda() -> bool:

@@ -82,7 +82,7 @@ class Colocated:
             self.direct.update(self.engine.fill)
         self.engine.finish_update(version)
         if torch.cuda.is_available():
-            torch.cuda.synchronize()    # else the copies would be somebody else's time
+            torch.cuda.current_stream().synchronize()       # else the copies would be somebody else's time; a swap may go on beside
         took = time.perf_counter() - started
         if self.check:
             _refuse(self.engine.compare_weights(self.trainer.export()), version)
@@ -115,6 +115,8 @@ class Sender:
                 pending = (broadcast(flat, self.group, 0), flat)
             if pending is not None:
                 pending[0].wait()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()    # NCCL's wait is the device's: a rank that ended before would leave its receivers waiting
 
 
 class Receiver:

@@ -7,8 +7,10 @@
     cycle      generate, train and update as a colocated rank does, by policy: the share that neither generates nor trains
     rollout    the engine in a rank against a standalone sglang.Engine: five interleaved pairs
     run        `rlmono train` as a user starts it: launch to first token, and the same share out of its metrics
-    fp8        rollouts in fp8 against bf16: tokens a second of an 8B shape, logprobs against the trainer's
+    fp8_speed      rollouts in fp8 against bf16: tokens a second of an 8B shape
+    fp8_accuracy   the same of a 0.6B shape: logprobs against the trainer's
     cpu_adam   the section train again, with Adam's states in host memory
+    largest    the largest dense model that one GPU trains, with them there and without
     peer       TRL's GRPOTrainer over a sweep of settings, where TRL is installed
 
 Sections that share models share processes (`gpu_rig.py` under torchrun, `--ranks` of them). Each has a budget; one that fails or runs
@@ -33,8 +35,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 BENCH = ROOT / "tests" / "bench"
 RIG = ("ceilings", "train", "update", "swap", "cycle")
-SECTIONS = (*RIG, "cpu_adam", "rollout", "run", "fp8", "peer")
-SHARES = {"rig": 0.5, "cpu_adam": 0.2, "rollout": 0.24, "run": 0.26, "fp8": 0.4, "peer": 0.5}
+FP8 = ("fp8_speed", "fp8_accuracy")
+EXTRA = ("cpu_adam", "largest", *FP8, "peer")
+"""Only where they are asked for: they take minutes."""
+SECTIONS = (*RIG, "rollout", "run", *EXTRA)
+SHARES = {"rig": 0.5, "cpu_adam": 0.2, "largest": 0.5, "rollout": 0.24, "run": 0.26, "fp8_speed": 0.4, "fp8_accuracy": 0.4, "peer": 0.5}
 """Of the budget, at most, for each process."""
 ROLLOUTS = 3
 """Of a run as a user starts it."""
@@ -42,7 +47,7 @@ ROLLOUTS = 3
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", default=",".join(s for s in SECTIONS if s not in ("cpu_adam", "fp8", "peer")), help="sections, comma-separated")
+    parser.add_argument("--only", default=",".join(s for s in SECTIONS if s not in EXTRA), help="sections, comma-separated")
     parser.add_argument("--budget-s", type=float, default=480.0)
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--shape", default=None, help="a name of random_model.py; default qwen3-4b on a GPU, tiny without")
@@ -63,12 +68,13 @@ def main() -> int:
     tokens = a.tokens or (512 if gpu else 8)
     end, work = time.monotonic() + a.budget_s, Path(tempfile.mkdtemp(prefix="gpu-bench-work-"))
     made = work / "made"
-    if set(wanted) - {"fp8"}:
+    if set(wanted) - {"largest", *FP8}:
         call("model", [sys.executable, str(BENCH / "random_model.py"), shape, str(made)], out, 120)
     of_rig = [s for s in wanted if s in RIG]
     jobs: list[tuple[str, list[str]]] = [("+".join(of_rig), rig(a, of_rig, made, out, tokens))] if of_rig else []
     others = {"cpu_adam": rig(a, ["cpu_adam"], made, out, tokens), "rollout": rig(a, ["rollout"], made, out, tokens),
-              "run": user_run(made, work, tokens, gpu, a), "fp8": [sys.executable, str(BENCH / "gpu_fp8.py"), str(out), str(work)],
+              "run": user_run(made, work, tokens, gpu, a), **{s: [sys.executable, str(BENCH / "gpu_fp8.py"), s, str(out), str(work)] for s in FP8},
+              "largest": [sys.executable, str(BENCH / "gpu_largest.py"), str(out), str(work)],
               "peer": [sys.executable, str(BENCH / "gpu_peer.py"), str(made), str(out), str(tokens)]}
     jobs += [(s, others[s]) for s in wanted if s not in RIG]
     weights = [SHARES.get(name, SHARES["rig"]) for name, _ in jobs]

@@ -6,6 +6,7 @@ Models are built when a section first asks for them, and shared. Each section wr
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import gc
 import json
 import os
@@ -65,6 +66,7 @@ class Rig:
         import torch.distributed as dist
         self.a, self.gpu, self.torch, self.dist = a, gpu, torch, dist
         self.began, self.end = time.time(), float(os.environ.get("BENCH_END") or time.time() + 1e6)
+        faulthandler.dump_traceback_later(max(10.0, self.end - self.began), exit=False)      # where it stood when time ran out
         self.figures: list[dict[str, Any]] = []
         self.ceiling: dict[str, float] = {}
         self.device = "cuda" if gpu else "cpu"

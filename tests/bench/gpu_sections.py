@@ -213,29 +213,34 @@ def _in(holdings: list[Any]) -> None:
 
 # ---------------------------------------------------------------- cycle
 
+WAYS = ("forced", "overlapped", "overlapped, cache after it")
+"""How a swap goes on: alone; beside the phases before and after; and so where the KV cache has no room beside what leaves, and waits for it."""
+
+
 def cycle(rig: Rig) -> None:
-    """As loop/colocated.py, with the host's part played by this rank; `forced`: nothing goes on beside a swap."""
+    """As loop/colocated.py, with the host's part played by this rank."""
     from rlmono.memory.plan import LEAVES, SwapPlan
     rig.serving()
     number, tokens = (256, rig.a.tokens) if rig.gpu else (16, rig.a.tokens)
     rig.generate(number, 4, 90)
-    longest = 0.0
-    for tag, (rung, overlapped) in enumerate([(p, o) for p in rig.a.policies.split(",") for o in ((True,) if p == "none" else (False, True))]):
+    longest, room_for = 0.0, rig.memory._room_for
+    for tag, (rung, way) in enumerate([(p, w) for p in rig.a.policies.split(",") for w in (("overlapped",) if p == "none" else WAYS)]):
         if rig.time_left < longest * 1.2:
-            rig.say(f"no time for policy {rung}")
+            rig.say(f"no time for policy {rung}, {way}")
             break
         rig.memory.plan = SwapPlan(rung, LEAVES[rung], "bench")
-        for again in range(1 if rung != "none" and overlapped else 2):          # the first of a policy comes from another
-            row = one_cycle(rig, number, tokens, 2 * tag + again, overlapped)
+        rig.memory._room_for = room_for if way != WAYS[2] else lambda tags, more=0: more == 0 and room_for(tags)
+        for again in range(2 if rung == "none" or way == "forced" else 1):      # the first of a policy comes from another
+            row = one_cycle(rig, number, tokens, 2 * tag + again, overlapped=way != "forced")
             longest = max(longest, row["step"])
-            rig.say(f"{rung} {'overlapped' if overlapped else 'forced'}: " + ", ".join(f"{k} {v:.3f}" for k, v in row.items()))
+            rig.say(f"{rung} {way}: " + ", ".join(f"{k} {v:.3f}" for k, v in row.items()))
         share = 100 * (1 - (row["generate"] + row["train"]) / row["step"])
-        target = "<= 2" if rung == "none" or tokens >= 4000 else "<= 6" if overlapped else "<= 12"
-        how = "" if rung == "none" else " overlapped" if overlapped else " forced"
+        target = "<= 2" if rung == "none" or tokens >= 4000 else "<= 12" if way == "forced" else "<= 6"
         rate = f"{number * tokens / row['generate'] / rig.world:.0f} tokens/s generated a GPU"
-        rig.figure(f"cycle, {rung}{how}: share that neither generates nor trains", share, "%", target, f"{number} samples of {tokens} tokens",
-                   ", ".join(f"{k} {v:.3f} s" for k, v in row.items()) + f", {rate}")
+        rig.figure(f"cycle, {rung if rung == 'none' else f'{rung} {way}'}: share that neither generates nor trains", share, "%", target,
+                   f"{number} samples of {tokens} tokens", ", ".join(f"{k} {v:.3f} s" for k, v in row.items()) + f", {rate}")
         rig.write("cycle")
+    rig.memory._room_for = room_for
 
 
 def one_cycle(rig: Rig, number: int, tokens: int, tag: int, overlapped: bool) -> dict[str, float]:

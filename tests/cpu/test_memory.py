@@ -231,3 +231,41 @@ def test_states_move_only_what_changes() -> None:
     assert report["perf/memory/train_to_sync_gib"] * GIB == 400 and report["perf/memory/sync_to_rollout_gib"] == 0
     with pytest.raises(ValueError, match="no such memory state"):
         memory.to("elsewhere")
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_what_leaves_goes_on_beside_the_rollout_where_there_is_room(monkeypatch: pytest.MonkeyPatch, room: bool) -> None:
+    """With a GPU's part played: the KV cache comes before the optimizer's state has left only if both fit."""
+    free = {"sync": 10**12, "rollout": 10**12 if room else plan.RESERVE - 1}
+    memory = Memory(object(), choose("optimizer", None), HostMemory(2**20, pin=False))
+    monkeypatch.setattr("rlmono.memory.swap._cuda", lambda: True)
+    monkeypatch.setattr("rlmono.memory.swap._free", lambda: free.get(memory.going, 10**12))     # type: ignore[attr-defined]
+    for name in ("_synchronize", "_empty_cache"):
+        monkeypatch.setattr(f"rlmono.memory.swap.{name}", lambda: None)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: None)
+    state, found = torch.randn(100), []
+
+    class Watching(FakeEngine):
+        def resume(self, tag: str) -> None:
+            found.append((tag, state.untyped_storage().nbytes()))
+
+    def to(name: str) -> None:
+        memory.going = name             # type: ignore[attr-defined]
+        memory.to(name)
+    memory.adopt({"optimizer": [state]})
+    memory.add_engine(Watching())
+    for name in ("train", "sync", "rollout"):
+        to(name)
+    assert found == [("cuda_graph", 400), ("weights", 400), ("kv_cache", 400 if room else 0)]
+    memory.wait()
+    assert state.untyped_storage().nbytes() == 0 and "optimizer" not in memory._present
+    kept = memory.holdings["optimizer"]._host[0].clone()
+    to("train")
+    memory.wait()
+    assert torch.equal(state.view(torch.uint8), kept)
+    to("sync")
+    monkeypatch.setattr(memory.holdings["optimizer"], "leave", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):      # beside the rollout it is told by what comes next
+        to("rollout")
+        to("train")

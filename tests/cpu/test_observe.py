@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import http.server
 import io
 import json
@@ -15,6 +16,7 @@ import sys
 import termios
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -455,3 +457,26 @@ def test_smoothing_leaves_a_slope_where_it_is():
     slope = [float(i) for i in range(50)]
     assert plots._moving_average(slope, 5) == slope
     assert plots._moving_average([0.0, 3.0, 0.0], 1) == [0.0, 1.0, 0.0]
+
+
+def test_a_trace_names_the_phases_and_holds_the_beginning_of_generate(tmp_path):
+    """Operators of `--profile-generate-s` seconds of it, the phase whole; and every operator of what comes after."""
+    import torch
+
+    from rlmono.loop.profiling import RankPhases
+    config = SimpleNamespace(profile=True, profile_rollouts=(0,), profile_generate_s=0.05)
+    phases, x = RankPhases(SimpleNamespace(config=config, device="cpu", run_dir=tmp_path, rank=0)), torch.randn(8, 8)
+    with phases.rollout(0, SimpleNamespace(report=lambda *a, **k: None)):
+        with phases("generate"):
+            for _ in range(40):
+                torch.mm(x, x)
+                phases.tick()
+                time.sleep(0.005)
+        with phases("train"):
+            for _ in range(3):
+                torch.add(x, x)
+    with gzip.open(tmp_path / "profile" / "rollout-0-rank-0.json.gz") as f:
+        events = [e for e in json.load(f)["traceEvents"] if e.get("ph") == "X"]
+    names = Counter(e["name"] for e in events)
+    assert 1 <= names["aten::mm"] < 30 and names["aten::add"] == 3, names
+    assert next(e["dur"] for e in events if e["name"] == "phase: generate") > 190_000 and names["phase: train"] == 1
