@@ -165,7 +165,7 @@ def load(learner: Learner, folder: Path, with_optimizer: bool, part: str = ACTOR
     for i, optimizer in enumerate(learner.optimizers):
         optimizer.load_parameter_state_from_fully_reshardable(loaded["optimizer"][i])
         for adam in optimizer.optimizer.state.values():
-            adam["step"] = torch.tensor(float(loaded["adam_steps"]))        # each its own: a shared one would run away
+            adam["step"] = torch.full_like(adam["step"], loaded["adam_steps"])      # each its own: a shared one would run away
     _require_finite(_adam(learner), folder / part)
     learner.schedule.load_state_dict(loaded["schedule"])
     learner.skipped_steps = loaded["skipped_steps"]

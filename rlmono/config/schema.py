@@ -317,8 +317,8 @@ class Observe:
     log_eval_samples: Optional[int] = option(None, "The same of each evaluation set. Default: all.", minimum=0)
     profile: bool = option(False, "Write a trace of every device rank to <run_dir>/profile: open it in ui.perfetto.dev or chrome://tracing.")
     profile_rollouts: tuple[int, ...] = option((1,), "Rollouts that --profile traces, counted from 0.")
-    profile_generate_s: float = option(2.0, "Seconds of each phase generate, from its start, in which --profile traces operators and kernels; the "
-                                            "rest, thousands of equal steps, is one bar.", above=0.0)
+    profile_phase_s: float = option(2.0, "Seconds of each phase, from its start, in which --profile traces operators and kernels, and of each "
+                                         "optimizer's step; the rest, thousands of steps alike, is one bar.", above=0.0)
     progress: str = option("auto", "Live progress on the controller's console; auto is rich on a terminal, plain lines elsewhere.",
                            choices=("auto", "rich", "plain", "none"))
 

@@ -33,6 +33,7 @@ def run(world: World, plan: RunPlan, link: HostLink) -> None:
         ready(link, plan, trainer)
 
         phases = RankPhases(world)
+        phases.watch(trainer)
         for rollout_id in range(plan.start, plan.num_rollout):
             with phases.rollout(rollout_id, link):
                 with phases("generate"):

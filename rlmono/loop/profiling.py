@@ -27,23 +27,33 @@ class RankPhases(Phases):
         self._rollouts = set(world.config.profile_rollouts) if world.config.profile else set()
         self._activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if world.device == "cuda" else [])]
         self._profiler: Optional[profile] = None
-        self._until: Optional[float] = None     # when the phase under way is no longer traced
+        self._on, self._until = True, 0.0       # operators are traced; and until when
+
+    def watch(self, trainer: Any) -> None:
+        """Let the trainer's passes, too, end what is traced of their phase."""
+        if self._rollouts:
+            trainer.before_pack(self.tick)
+            trainer.before_update(self._trace_on)
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         with super().__call__(name), torch.profiler.record_function(f"phase: {name}"):
-            if name == "generate" and self._profiler is not None:
-                self._until = time.monotonic() + self._world.config.profile_generate_s
+            self._trace_on()
             yield
-            if name == "generate" and self._profiler is not None and self._until is None:
-                self._profiler.toggle_collection_dynamic(True, self._activities)
-            self._until = None
+            self._trace_on()
 
     def tick(self) -> None:
-        """Called before every step of the engine: its first seconds say it all, and thousands of steps take minutes to write."""
-        if self._until is not None and self._profiler is not None and time.monotonic() > self._until:
+        """Called before every step of the engine and every pass of the trainer: the first seconds of a phase say it all, and thousands of
+        steps take minutes to write."""
+        if self._profiler is not None and self._on and time.monotonic() > self._until:
             self._profiler.toggle_collection_dynamic(False, self._activities)
-            self._until = None
+            self._on = False
+
+    def _trace_on(self) -> None:
+        self._until = time.monotonic() + self._world.config.profile_phase_s
+        if self._profiler is not None and not self._on:
+            self._profiler.toggle_collection_dynamic(True, self._activities)
+            self._on = True
 
     @contextlib.contextmanager
     def rollout(self, rollout_id: int, link: HostLink) -> Iterator[None]:

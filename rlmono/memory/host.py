@@ -59,6 +59,7 @@ class HostMemory:
         try:
             if self._device is not None:
                 torch.cuda.set_device(self._device)         # a thread begins on the first
+                _let_others_capture()
                 torch.set_num_threads(THREADS)              # torchrun allows one, which makes 2 GiB of pages a second
             _ask_for_huge_pages(self._all)
             for start in range(0, self.nbytes, CHUNK):
@@ -90,6 +91,15 @@ def _pin(piece: torch.Tensor) -> None:
     status = torch.cuda.cudart().cudaHostRegister(piece.data_ptr(), piece.nbytes, 0)
     if int(status) != 0:
         raise RuntimeError(f"cudaHostRegister: {status}")
+
+
+def _let_others_capture() -> None:
+    """What this thread asks of CUDA does not concern the CUDA graphs that another thread may capture meanwhile: without this, to pin memory
+    then invalidates them."""
+    thread_local = ctypes.c_int(1)      # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+    status = ctypes.CDLL("libcuda.so.1").cuThreadExchangeStreamCaptureMode(ctypes.byref(thread_local))
+    if status != 0:
+        raise RuntimeError(f"cuThreadExchangeStreamCaptureMode: {status}")
 
 
 def _ask_for_huge_pages(tensor: torch.Tensor) -> None:

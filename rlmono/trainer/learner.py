@@ -35,7 +35,7 @@ class Learner:
         self.schedule = optimizer.build_schedule(config, self.optimizer, total_steps)
         self.norms = optimizer.Norms(self.optimizer, self.ddp)
         self.skipped_steps = 0
-        self.optimizer_is_needed: Callable[[], None] = lambda: None
+        self.hooks: list[Callable[[], None]] = []       # before the optimizer uses its state
 
     @property
     def optimizers(self) -> list[Any]:
@@ -72,7 +72,8 @@ class Learner:
 
     def _update(self) -> dict[str, float]:
         """Clip and step; a step whose gradient is not finite is skipped and counted, never taken."""
-        self.optimizer_is_needed()
+        for hook in self.hooks:
+            hook()
         found_inf = self.optimizer.prepare_grads()
         norms = self.norms.measure()
         norm = norms["grad_norm"]

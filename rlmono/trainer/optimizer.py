@@ -50,10 +50,14 @@ def singles(optimizer: Any) -> list[Any]:
 
 def _allocate_adam_state(adam: Any) -> None:
     """torch's Adam makes its state at the first step; checkpoints and the memory plan want it from the start."""
+    fused = isinstance(adam, torch.optim.AdamW)
+    if fused:
+        for group in adam.param_groups:
+            group.update(fused=True, foreach=False)             # foreach makes a copy of all parameters in passing
     for inner in getattr(adam, "sub_optimizers", [adam]):       # of HybridDeviceOptimizer: one, or one a parameter
         for group in inner.param_groups:
             for p in group["params"]:
-                inner.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device if inner is not adam else "cpu"),
+                inner.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device if fused or inner is not adam else "cpu"),
                                   "exp_avg": torch.zeros_like(p.data), "exp_avg_sq": torch.zeros_like(p.data)}
     if hasattr(adam, "sub_optimizers"):
         adam._sync_sub_optimizers_state_to_hdo()

@@ -124,7 +124,11 @@ class Trainer(Learner):
         """Call `hook` before the optimizer (and the critic's) uses its state."""
         for learner in (self, self.critic):
             if learner is not None:
-                learner.optimizer_is_needed = hook
+                learner.hooks.append(hook)
+
+    def before_pack(self, hook: Callable[[], None]) -> None:
+        """Call `hook` before every pass of the actor over a pack."""
+        self.chunks[0].register_forward_pre_hook(lambda *_: hook())
 
     # ------------------------------------------------------------ one rollout
 

@@ -55,6 +55,7 @@ def main() -> int:
     parser.add_argument("--tp", type=int, default=1, help="the trainer's tensor-parallel size")
     parser.add_argument("--engine-tp", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=0, help="new tokens of a response in cycle, rollout, run; 0: 512 on a GPU, 8 without")
+    parser.add_argument("--host-memory-gib", type=float, default=0.0, help="of the section largest; 0: what is free")
     parser.add_argument("--policies", default="none,optimizer", help="of the section cycle")
     parser.add_argument("--keep", action="store_true", help="write docs/benchmarks/gpu.json")
     a = parser.parse_args()
@@ -74,7 +75,7 @@ def main() -> int:
     jobs: list[tuple[str, list[str]]] = [("+".join(of_rig), rig(a, of_rig, made, out, tokens))] if of_rig else []
     others = {"cpu_adam": rig(a, ["cpu_adam"], made, out, tokens), "rollout": rig(a, ["rollout"], made, out, tokens),
               "run": user_run(made, work, tokens, gpu, a), **{s: [sys.executable, str(BENCH / "gpu_fp8.py"), s, str(out), str(work)] for s in FP8},
-              "largest": [sys.executable, str(BENCH / "gpu_largest.py"), str(out), str(work)],
+              "largest": [sys.executable, str(BENCH / "gpu_largest.py"), str(out), str(work), str(a.host_memory_gib)],
               "peer": [sys.executable, str(BENCH / "gpu_peer.py"), str(made), str(out), str(tokens)]}
     jobs += [(s, others[s]) for s in wanted if s not in RIG]
     weights = [SHARES.get(name, SHARES["rig"]) for name, _ in jobs]

@@ -1,7 +1,7 @@
-"""The largest dense model that one GPU trains, with Adam's states on the GPU and in host memory: gpu_largest.py OUT WORK. Writes OUT/largest.json.
+"""The largest dense model that one GPU trains, with Adam's states on the GPU and in host memory: gpu_largest.py OUT WORK HOST-GIB.
 
-Models have the width of Qwen3-14B and more or fewer layers. Each number of layers is tried in a process of its own: two optimizer steps of two
-packs of 8k tokens, every layer recomputed; from what memory could hold downwards, until one trains.
+Writes OUT/largest.json. Models have the width of Qwen3-14B and more or fewer layers. Each number of layers is tried in a process of its own: two
+optimizer steps of two packs of 8k tokens, every layer recomputed; from what memory could hold downwards, until one trains.
 """
 
 from __future__ import annotations
@@ -17,37 +17,43 @@ from typing import Any
 
 import gpu
 
+from rlmono.memory.host import available_bytes
+
 ON_GPU = gpu.has_gpu()
 SHAPE: dict[str, Any] = dict(
     architectures=["Qwen3ForCausalLM"], model_type="qwen3", hidden_act="silu", attention_bias=False, rms_norm_eps=1e-6, rope_theta=1e6, head_dim=128,
     initializer_range=0.02, max_position_embeddings=40960, tie_word_embeddings=False, num_key_value_heads=8,
     **(dict(hidden_size=5120, intermediate_size=17408, num_attention_heads=40, vocab_size=151936) if ON_GPU else
        dict(hidden_size=128, intermediate_size=256, num_attention_heads=8, vocab_size=512)))
-PACK, STEP = (8192, 2) if ON_GPU else (256, 1)
-BYTES = {"on the GPU": 18, "in host memory": 6}
-"""Of GPU memory that a parameter takes: bf16 weight and fp32 gradient, and three fp32 numbers of Adam with mixed precision."""
-FIRST = 0.97
-"""The first that is tried fills so much of the GPU with these bytes."""
+PACK = 8192 if ON_GPU else 256
+BYTES = {"on the GPU": (18, 0), "in host memory": (6, 16)}
+"""Of GPU and host memory that a parameter takes: bf16 weight and fp32 gradient; and three fp32 numbers of Adam with mixed precision, beside
+which there is a copy of the gradient on the host."""
+FIRST = 0.93
+"""The first that is tried fills so much of the GPU, or all that is given of the host, with these bytes."""
 
 
 def main() -> int:
     out, work = Path(sys.argv[1]), Path(sys.argv[2])
     figures: list[dict[str, Any]] = []
-    for where, nbytes in BYTES.items():
+    host = available_bytes() if sys.argv[3] == "0" else int(float(sys.argv[3]) * 2**30)
+    for where, (on_gpu, on_host) in BYTES.items():
         tried = []
-        layers = int((FIRST * capacity() / nbytes - 2 * SHAPE["vocab_size"] * SHAPE["hidden_size"]) / layer_parameters()) if ON_GPU else 2
+        parameters = min(FIRST * capacity() / on_gpu, host / on_host if on_host else float("inf"))
+        layers = int((parameters - 2 * SHAPE["vocab_size"] * SHAPE["hidden_size"]) / layer_parameters()) if ON_GPU else 2
         while layers > 0:
             found = attempt(work, layers, where == "in host memory")
             tried.append(f"{layers}: {found['why'] if 'why' in found else 'trains'}")
             print(f"Adam {where}, {layers} layers: {found}", flush=True)
             if "why" not in found:
+                and_host = f", {host / 2**30:.0f} GiB of host memory" if on_host else ""
                 figures.append(gpu.figure(
                     f"largest dense model that trains, Adam {where}", found["parameters"] / 1e9, "e9 parameters", "",
-                    f"{capacity() / 2**30:.0f} GiB of GPU memory, packs of {PACK} tokens, full recompute",
+                    f"{capacity() / 2**30:.0f} GiB of GPU memory{and_host}, packs of {PACK} tokens, full recompute",
                     f"{layers} layers of Qwen3-14B's width, steps {found['steps']} s, peak {found['peak']:.1f} GiB; tried {', '.join(tried)}"))
                 (out / "largest.json").write_text(json.dumps(figures, indent=1))
                 break
-            layers -= STEP
+            layers -= 1
     return 0
 
 

@@ -460,11 +460,11 @@ def test_smoothing_leaves_a_slope_where_it_is():
 
 
 def test_a_trace_names_the_phases_and_holds_the_beginning_of_generate(tmp_path):
-    """Operators of `--profile-generate-s` seconds of it, the phase whole; and every operator of what comes after."""
+    """Operators of `--profile-phase-s` seconds of it, the phase whole; and every operator of what comes after."""
     import torch
 
     from rlmono.loop.profiling import RankPhases
-    config = SimpleNamespace(profile=True, profile_rollouts=(0,), profile_generate_s=0.05)
+    config = SimpleNamespace(profile=True, profile_rollouts=(0,), profile_phase_s=0.05)
     phases, x = RankPhases(SimpleNamespace(config=config, device="cpu", run_dir=tmp_path, rank=0)), torch.randn(8, 8)
     with phases.rollout(0, SimpleNamespace(report=lambda *a, **k: None)):
         with phases("generate"):
