@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 
 CHUNK = 2**30
 """Pages are made and pinned in pieces of this size; one copy must not cross from one into the next."""
+PIECE = 32 * 2**20
+"""Bytes of one copy, 0.6 ms: what an engine or a trainer copies meanwhile waits for no more than one."""
 THREADS = 4
 DEADLINE_S = 600
 """For pages that somebody waits for: hundreds of GiB are made in that time."""
@@ -79,12 +81,12 @@ class HostMemory:
                  time.perf_counter() - begun)
 
     def pieces(self, tensor: torch.Tensor) -> Iterator[tuple[int, int]]:
-        """(from, to) of the parts of a taken tensor that one copy can move."""
+        """(from, to) of the parts of a taken tensor that are copied one after the other."""
         offset, a = (tensor.data_ptr() - self._all.data_ptr()) % CHUNK, 0
         while a < len(tensor):
-            b = min(len(tensor), a + CHUNK - offset)
+            b = min(len(tensor), a + PIECE, a + CHUNK - (offset + a) % CHUNK)
             yield a, b
-            a, offset = b, 0
+            a = b
 
 
 def _pin(piece: torch.Tensor) -> None:

@@ -50,7 +50,7 @@ def singles(optimizer: Any) -> list[Any]:
 
 def _allocate_adam_state(adam: Any) -> None:
     """torch's Adam makes its state at the first step; checkpoints and the memory plan want it from the start."""
-    fused = isinstance(adam, torch.optim.AdamW)
+    fused = isinstance(adam, torch.optim.Adam)          # AdamW is one
     if fused:
         for group in adam.param_groups:
             group.update(fused=True, foreach=False)             # foreach makes a copy of all parameters in passing

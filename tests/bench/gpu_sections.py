@@ -230,7 +230,7 @@ def cycle(rig: Rig) -> None:
             break
         rig.memory.plan = SwapPlan(rung, LEAVES[rung], "bench")
         rig.memory._room_for = room_for if way != WAYS[2] else lambda tags, more=0: more == 0 and room_for(tags)
-        for again in range(2 if rung == "none" or way == "forced" else 1):      # the first of a policy comes from another
+        for again in range(2):          # the first comes from another way, and generates beside what that has left to do
             row = one_cycle(rig, number, tokens, 2 * tag + again, overlapped=way != "forced")
             longest = max(longest, row["step"])
             rig.say(f"{rung} {way}: " + ", ".join(f"{k} {v:.3f}" for k, v in row.items()))

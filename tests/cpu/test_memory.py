@@ -10,7 +10,7 @@ import torch
 
 from rlmono.memory import plan
 from rlmono.memory.holding import Holding
-from rlmono.memory.host import CHUNK, HostMemory, available_bytes
+from rlmono.memory.host import CHUNK, PIECE, HostMemory, available_bytes
 from rlmono.memory.plan import GIB, Budget, choose
 from rlmono.memory.swap import Memory
 
@@ -169,7 +169,9 @@ def test_copies_do_not_cross_pinned_pieces() -> None:
         def __len__(self) -> int:
             return self.length
     assert list(memory.pieces(At(0, 10))) == [(0, 10)]      # type: ignore[arg-type]
-    assert list(memory.pieces(At(CHUNK - 10, CHUNK + 20))) == [(0, 10), (10, CHUNK + 10), (CHUNK + 10, CHUNK + 20)]     # type: ignore[arg-type]
+    found = list(memory.pieces(At(CHUNK - 10, CHUNK + 20)))         # type: ignore[arg-type]
+    assert found[:2] == [(0, 10), (10, 10 + PIECE)] and found[-2:] == [(10 + CHUNK - PIECE, 10 + CHUNK), (10 + CHUNK, CHUNK + 20)]
+    assert [b for _, b in found[:-1]] == [a for a, _ in found[1:]]
     assert list(memory.pieces(taken)) == []
 
 
