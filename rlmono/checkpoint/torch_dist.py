@@ -1,33 +1,25 @@
 """The trainers' part of a checkpoint: model, optimizer and schedule, as torch_dist; in PPO the critic's too, beside it.
 
-    parts = stage(trainer, folder, detached=True)       collective over trainers; then everything is in host memory
+    parts = stage(trainer, folder, HostCopies())        collective over trainers; then everything is in host memory
     for part in parts: part.write(group)                in any thread, while the trainer goes on
 
-Megatron's writer forks, keeps a manager process that outlives a killed rank, and ends in collectives over the default group,
-which the trainer uses meanwhile; writing here and a group of its own stand for that. All else is Megatron's own format:
-sharded over ranks, loadable on another layout.
+What is written is Megatron's own format: sharded over ranks, loadable on another layout.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
 import math
 from pathlib import Path
-from typing import Any, Mapping, Optional
+from typing import Any, Callable, Mapping, Optional
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
-from megatron.core.optimizer import distrib_optimizer
 
+from rlmono.checkpoint import adam
+from rlmono.checkpoint.staging import HostCopies, Staged, copy, plan
 from rlmono.checkpoint.store import CheckpointError
 from rlmono.trainer.critic import HEAD, Critic
 from rlmono.trainer.layout import held_tensors
@@ -49,109 +41,25 @@ def save(trainer: Trainer, folder: Path) -> None:
 
 def save_weights(chunks: list[Any], folder: Path) -> None:
     """Only weights, from bare chunks; collective as `save` is."""
-    _stage(_chunks(chunks), folder / ACTOR).write()
+    plan(_chunks(chunks), folder / ACTOR, _METADATA).write()
 
 
-def stage(trainer: Trainer, folder: Path, detached: bool = False) -> list[Staged]:
-    """What `save` writes, ready to be written: agreed upon by all ranks, and copied from the device. Collective over trainers.
+def stage(trainer: Trainer, folder: Path, host: Optional[HostCopies] = None) -> list[Staged]:
+    """What `save` writes, ready to be written: agreed upon by all ranks. Collective over trainers.
 
-    `detached`: also from the weights of a CPU, so that the trainer may go on before it is written.
+    With `host` it is copied there, and the trainer may go on before it is written; the copies last until the next call.
     """
     learners = {ACTOR: trainer} if trainer.critic is None else {ACTOR: trainer, CRITIC: trainer.critic}
-    return [_stage(_state(learner, loading=False), folder / name, _storages(learner) if detached else frozenset())
-            for name, learner in learners.items()]
-
-
-def _storages(learner: Learner) -> frozenset[int]:
-    """Addresses of what training changes in place. The optimizer's part is a copy as it comes from Megatron."""
-    return frozenset(t.untyped_storage().data_ptr() for c in learner.chunks for t in (*c.parameters(), *c.buffers()))
-
-
-class Staged:
-    """A folder's tensors in host memory (`buckets`, as Megatron's `writer` deals them), and the plan of the whole (`metadata`, on the first rank)."""
-
-    def __init__(self, folder: Path, writer: Any, metadata: Any, buckets: list[Any]):
-        self.folder, self.writer, self.metadata, self.buckets = folder, writer, metadata, buckets
-
-    def write(self, group: Optional[dist.ProcessGroup] = None) -> None:
-        """Write this rank's files; the first rank then writes what says where everything is. Collective over `group`, all trainers; default: theirs.
-
-        Raises on every rank when it fails on any, OSError or RuntimeError.
-        """
-        results: list[Any] = []
-        failed: Optional[Exception] = None
-        try:
-            for number, bucket in enumerate(self.buckets):
-                results += self._write(number, bucket)
-        except Exception as e:          # told to the others first
-            failed = e
-        self.buckets = []               # the memory
-        first = dist.get_rank(group) == 0
-        everyone: Optional[list[Any]] = [None] * dist.get_world_size(group) if first else None
-        dist.gather_object((results, f"{type(failed).__name__}: {failed}" if failed else ""), everyone, dst=0, group=group)
-        told = [""]
-        if everyone is not None:
-            told = [next((f"trainer {rank}: {error}" for rank, (_, error) in enumerate(everyone) if error), "")]
-            try:
-                if not told[0]:
-                    self.writer.finish(self.metadata, [part for part, _ in everyone])
-                    save_config(CheckpointingConfig("torch_dist", 1), str(self.folder))
-            except Exception as e:
-                failed, told = e, [f"trainer 0: {type(e).__name__}: {e}"]
-        dist.broadcast_object_list(told, src=0, group=group)
-        if failed is not None:
-            raise failed
-        if told[0]:
-            raise RuntimeError(f"{self.folder}: not written, because of {told[0]}")
-
-    def _write(self, number: int, bucket: Any) -> list[Any]:
-        transforms = [self.writer.transforms] if hasattr(self.writer, "transforms") else []
-        results = _Queue()
-        write = inspect.unwrap(FileSystemWriterAsync.write_preloaded_data)      # its wrapper stops garbage collection, in the whole process
-        write(transforms, number, bucket, results, _Queue([None]), use_fsync=True)
-        (_, written), = results
-        if isinstance(written, Exception):
-            raise written
-        return list(written)
-
-
-class _Queue(list[Any]):
-    """Between Megatron's writer and who has started it, which are one thread here."""
-
-    put, get = list.append, list.pop
-
-    def task_done(self) -> None: ...
-
-
-class _Plan(TorchDistSaveShardedStrategy):
-    """Megatron's strategy up to where it would write."""
-
-    def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any) -> AsyncRequest:
-        self.writer, self.metadata = writer, planned[1]
-        return AsyncRequest(None, (), [])
-
-
-def _stage(state: dict[str, Any], folder: Path, live: frozenset[int] = frozenset()) -> Staged:
-    _install()
-    if dist.get_rank() == 0:
-        folder.mkdir(parents=True)
-    dist.barrier()
-    plan = _Plan("torch_dist", 1, thread_count=1)
-    dist_checkpointing.save(state, str(folder), plan, async_sharded_save=True, content_metadata=_METADATA)
-    copied = FileSystemWriterAsync.preload_tensors(plan.writer.write_buckets or [])
-    buckets = [(file, key, (texts, [(item, _apart(t, live)) for item, t in tensors])) for file, key, (texts, tensors) in copied]
-    plan.writer.write_buckets = None
-    return Staged(folder, plan.writer, plan.metadata, buckets)
-
-
-def _apart(tensor: torch.Tensor, live: frozenset[int]) -> torch.Tensor:
-    return tensor.clone() if tensor.untyped_storage().data_ptr() in live else tensor
+    parts = [plan(_state(learner, adam.to_save), folder / name, _METADATA) for name, learner in learners.items()]
+    if host is not None:
+        copy(parts, host)
+    return parts
 
 
 def load(learner: Learner, folder: Path, with_optimizer: bool, part: str = ACTOR) -> None:
     """Read what `save` wrote, on any layout. Collective over trainers. Raises CheckpointError for a tensor that is missing, extra, of another shape,
     or not finite."""
-    state = _state(learner, loading=True)
+    state = _state(learner, adam.to_load)
     if not with_optimizer:
         state = {_key(i): state[_key(i)] for i in range(len(learner.chunks))}
     _compare(state, folder / part)
@@ -163,25 +71,17 @@ def load(learner: Learner, folder: Path, with_optimizer: bool, part: str = ACTOR
         learner.weights_changed()
         return
     for i, optimizer in enumerate(learner.optimizers):
-        optimizer.load_parameter_state_from_fully_reshardable(loaded["optimizer"][i])
-        for adam in optimizer.optimizer.state.values():
-            adam["step"] = torch.full_like(adam["step"], loaded["adam_steps"])      # each its own: a shared one would run away
-    _require_finite(_adam(learner), folder / part)
+        adam.restore(optimizer, loaded.get("optimizer", {}).get(i, {}), loaded["adam_steps"])
+    _require_finite(adam_tensors(learner), folder / part)
     learner.schedule.load_state_dict(loaded["schedule"])
     learner.skipped_steps = loaded["skipped_steps"]
 
 
-def _adam(learner: Learner) -> dict[str, torch.Tensor]:
+def adam_tensors(learner: Learner) -> dict[str, torch.Tensor]:
     """This rank's parts of the optimizer's tensors, by the names that they have in a checkpoint."""
     names = {parameter: name for name, parameter in held_tensors(learner.chunks).items()}
-    out = {}
-    for single in learner.optimizers:
-        for parameter, (group, place) in single.model_param_group_index_map.items():
-            main = single.optimizer.param_groups[group]["params"][place]
-            state = single.optimizer.state[main]
-            tensors = {"fp32_param": state.get("master_param", main), "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
-            out.update({f"optimizer.state.{key}.{names[parameter]}": tensor for key, tensor in tensors.items()})
-    return out
+    return {f"optimizer.state.{key}.{names[parameter]}": tensor for single in learner.optimizers for parameter in single.model_param_group_index_map
+            for key, tensor in adam.live(single, parameter).items()}
 
 
 def _require_finite(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
@@ -256,56 +156,11 @@ def _metadata() -> dict[str, Any]:
     return {**_METADATA, "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
 
 
-def _state(learner: Learner, loading: bool) -> dict[str, Any]:
-    """What is saved. Optimizer states are named by their parameter in the whole model, and not by the optimizer that has
+def _state(learner: Learner, sharded: Callable[[Any, Mapping[str, Any]], adam.Sharded]) -> dict[str, Any]:
+    """What is saved, or is to be loaded. Optimizer states are named by their parameter in the whole model, and not by the optimizer that has
     them here: Megatron keeps experts in one of their own, but only under expert parallelism."""
-    _install()
     models = _chunks(learner.chunks)
-    optimizer = {i: o.sharded_param_state_fully_reshardable(models, loading, _metadata()) for i, o in enumerate(learner.optimizers)}
+    states = {i: x for i, single in enumerate(learner.optimizers) if (x := sharded(single, models))}
     steps = next((int(s["step"]) for o in learner.optimizers for s in o.optimizer.state.values()), 0)
-    return {**models, "optimizer": optimizer, "adam_steps": steps, "schedule": learner.schedule.state_dict(), "skipped_steps": learner.skipped_steps}
-
-
-@functools.cache
-def _install() -> None:
-    """The overrides, each with its reason; once."""
-    filesystem_async._get_write_results_queue = lambda *_: None         # else a manager process, an orphan after a kill
-    optimizer = distrib_optimizer.DistributedOptimizer
-    optimizer._set_main_param_and_optimizer_states = _set_states
-    optimizer.get_parameter_state_dp_zero = _with_padding(optimizer.get_parameter_state_dp_zero)
-
-
-def _with_padding(original: Any) -> Any:
-    """Megatron joins a buffer's buckets without the padding between them, and then looks for each parameter where it is with the padding: of a
-    buffer with several buckets (a tied embedding has one of its own on the last stage) it would save other numbers."""
-    @functools.wraps(original)
-    def get(self: Any, *args: Any, **options: Any) -> Any:
-        state = original(self, *args, **options)
-        for i, buffer in enumerate(self.buffers if state else ()):
-            for tensors in state[i].values():
-                for key in ("param", "exp_avg", "exp_avg_sq"):
-                    if key in tensors:
-                        tensors[key] = _padded(tensors[key], buffer.buckets)
-        return state
-    return get
-
-
-def _padded(flat: torch.Tensor, buckets: list[Any]) -> torch.Tensor:
-    """[sum of the buckets' own numbers] -> [up to the end of the last], each bucket at its offset in the buffer."""
-    if all(bucket.offset == sum(b.numel_unpadded for b in buckets[:i]) for i, bucket in enumerate(buckets)):
-        return flat
-    out = flat.new_zeros(buckets[-1].offset + buckets[-1].numel_unpadded)
-    for bucket, part in zip(buckets, flat.split([b.numel_unpadded for b in buckets]), strict=True):
-        out[bucket.offset:bucket.offset + bucket.numel_unpadded] = part
-    return out
-
-
-def _set_states(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
-    """torch's Adam keeps `step` in each parameter's state; Megatron looks for it among the loaded tensors. In host memory the state has the
-    fp32 weight too."""
-    group, order = self.model_param_group_index_map[model_param]
-    main = self.optimizer.param_groups[group]["params"][order]
-    state = self.optimizer.state[main]
-    for name, value in ({"param": state.get("master_param", main)} | state).items():
-        if name in tensors:
-            value.copy_(tensors[name])
+    common = {"adam_steps": steps, "schedule": learner.schedule.state_dict(), "skipped_steps": learner.skipped_steps}
+    return {**models, **common, **({"optimizer": states} if states else {})}       # nothing may be left of it where all is sharded

@@ -78,7 +78,7 @@ class Checkpoint:
         None, "Save every so many rollouts (and after the last). Default: only after the last.", minimum=1)
     save_hf: Optional[str] = option(None, "Also write HF safetensors with every save, to this path; {rollout_id} is filled in.")
     async_save: bool = option(False, "Write checkpoints in the background: the loop only waits for a copy in host memory, which takes as much of it "
-                              "as the checkpoint (--save-hf is still written before the loop goes on).")
+                              "as the checkpoint, and keeps it for the next one (--save-hf is still written before the loop goes on).")
     no_load_optim: bool = option(False, "Load weights only; the optimizer starts fresh.")
     finetune: bool = option(False, "Load weights only; optimizer, schedule and data start fresh at rollout 0.")
 

@@ -36,6 +36,7 @@ class Saver:
         self._thread: Optional[threading.Thread] = None
         self._failed: Optional[BaseException] = None
         self._group: Optional[dist.ProcessGroup] = None
+        self._copies: Any = None
         if world.config.async_save and trainer is not None:
             # Of its own: the trainer's groups are in use while the thread writes.
             self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=world.config.phase_timeout_s))
@@ -71,12 +72,14 @@ class Saver:
             raise self._failed
 
     def _stage(self, folder: Path, behind: bool) -> list[Any]:
-        """This rank's part, in host memory; its random states are small, and written."""
+        """This rank's part, copied to host memory if it is written behind; its random states are small, and written."""
         parts: list[Any] = []
         try:
             if self.trainer is not None:
                 from rlmono.checkpoint import torch_dist
-                parts = torch_dist.stage(self.trainer, folder, detached=behind)
+                if behind and self._copies is None:
+                    self._copies = torch_dist.HostCopies()
+                parts = torch_dist.stage(self.trainer, folder, self._copies)
             rng.save(folder, self.world.rank, self.engine.rng if self.engine else None, self.trainer is not None)
         except FAULTS as e:
             fail(folder, e)

@@ -29,7 +29,10 @@ _ALIGN = 512
 
 
 class HostMemory:
-    """Pinned memory of `nbytes`, ready piece by piece as a thread makes it; `take` waits for its piece, and `waited_s` counts how long."""
+    """Pinned memory of `nbytes`, ready piece by piece as a thread makes it; `take` waits for its piece, and `waited_s` counts how long.
+
+    Without `pin` it is ready at once, and its pages are made as they are first written.
+    """
 
     def __init__(self, nbytes: int, pin: bool):
         self.nbytes, self.pin, self.waited_s = _up(nbytes, CHUNK) if pin else nbytes, pin, 0.0
@@ -38,14 +41,17 @@ class HostMemory:
         self._device = torch.cuda.current_device() if pin else None
         self._news = threading.Condition()
         self._all = torch.empty(self.nbytes, dtype=torch.uint8)
-        if self.nbytes:
+        _ask_for_huge_pages(self._all)
+        if not pin:
+            self._ready = self.nbytes
+        elif self.nbytes:
             threading.Thread(target=self._make, name="pin host memory", daemon=True).start()
 
     def take(self, nbytes: int) -> torch.Tensor:
         """uint8 [nbytes] that nobody else has. Waits until it is pinned; raises MemoryError when pinning has failed or there is not so much."""
-        start, self._taken = self._taken, self._taken + _up(nbytes, _ALIGN)
+        start, self._taken = self._taken, self._taken + aligned(nbytes)
         if start + nbytes > self.nbytes:
-            raise MemoryError(f"{self._taken / 2**30:.1f} GiB of host memory are wanted for the swap, and {self.nbytes / 2**30:.1f} were planned")
+            raise MemoryError(f"{self._taken / 2**30:.1f} GiB of host memory are wanted, and {self.nbytes / 2**30:.1f} were planned")
         begun = time.perf_counter()
         with self._news:
             made = self._news.wait_for(lambda: self._error is not None or self._ready >= start + nbytes, DEADLINE_S)
@@ -56,6 +62,10 @@ class HostMemory:
             raise MemoryError(f"{self.nbytes / 2**30:.1f} GiB of host memory can't be pinned: {self._error}") from self._error
         return self._all[start:start + nbytes]
 
+    def rewind(self) -> None:
+        """All that was taken may be taken again."""
+        self._taken = 0
+
     def _make(self) -> None:
         begun = time.perf_counter()
         try:
@@ -63,12 +73,10 @@ class HostMemory:
                 torch.cuda.set_device(self._device)         # a thread begins on the first
                 _let_others_capture()
                 torch.set_num_threads(THREADS)              # torchrun allows one, which makes 2 GiB of pages a second
-            _ask_for_huge_pages(self._all)
             for start in range(0, self.nbytes, CHUNK):
                 piece = self._all[start:start + CHUNK]
                 piece.zero_()           # by all of torch's threads: makes the pages
-                if self.pin:
-                    _pin(piece)
+                _pin(piece)
                 with self._news:
                     self._ready = start + len(piece)
                     self._news.notify_all()
@@ -77,8 +85,7 @@ class HostMemory:
                 self._error = e
                 self._news.notify_all()
             return
-        log.info("%.1f GiB of host memory for the swap %s in %.1f s", self.nbytes / 2**30, "pinned" if self.pin else "made",
-                 time.perf_counter() - begun)
+        log.info("%.1f GiB of host memory pinned in %.1f s", self.nbytes / 2**30, time.perf_counter() - begun)
 
     def pieces(self, tensor: torch.Tensor) -> Iterator[tuple[int, int]]:
         """(from, to) of the parts of a taken tensor that are copied one after the other."""
@@ -87,6 +94,11 @@ class HostMemory:
             b = min(len(tensor), a + PIECE, a + CHUNK - (offset + a) % CHUNK)
             yield a, b
             a = b
+
+
+def aligned(nbytes: int) -> int:
+    """How much of the memory a piece of so many bytes takes."""
+    return _up(nbytes, _ALIGN)
 
 
 def _pin(piece: torch.Tensor) -> None:

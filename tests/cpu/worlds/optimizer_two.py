@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Callable
 
+import moves
 import tiny
 import torch
 import torch.distributed as dist
@@ -218,8 +219,8 @@ def case_adam_in_host_memory() -> dict[str, float]:
         for name, layout in {"dp2": {}, "tp2": TP2_SP}.items():
             start, beside, hosted = bf16(0, **layout), bf16(3, **layout), bf16(3, **layout, **offload)
             assert isinstance(hosted.optimizers[0].optimizer, HybridDeviceOptimizer)
-            first, expected, found = (torch_dist._adam(t) for t in (start, beside, hosted))
-            moved = max(float((x - first[k]).norm() / first[k].norm()) for k, x in expected.items() if "fp32_param" in k)
+            first, expected, found = (torch_dist.adam_tensors(t) for t in (start, beside, hosted))
+            moved = max(float((x - first[k]).norm() / first[k].norm()) for k, x in expected.items() if ".param." in k)
             furthest = max(furthest, *(float((x - expected[k]).norm() / expected[k].norm()) for k, x in found.items()))
             assert moved > 1e-2 and furthest <= 1e-4, (name, moved, furthest)
             torch_dist.save(hosted, FOLDER / f"hosted-{name}")
@@ -227,10 +228,10 @@ def case_adam_in_host_memory() -> dict[str, float]:
             step_on(hosted, 1)
             for again in (bf16(0, **layout, **offload), bf16(0, **layout)):
                 torch_dist.load(again, FOLDER / f"hosted-{name}", with_optimizer=True)
-                assert all(torch.equal(x, saved[k]) for k, x in torch_dist._adam(again).items()), f"{name}: not what was saved"
+                assert all(torch.equal(x, saved[k]) for k, x in torch_dist.adam_tensors(again).items()), f"{name}: not what was saved"
                 step_on(again, 1)
-                after = torch_dist._adam(again)
-                apart = max(float((x - after[k]).norm() / x.norm()) for k, x in torch_dist._adam(hosted).items())
+                after = torch_dist.adam_tensors(again)
+                apart = max(float((x - after[k]).norm() / x.norm()) for k, x in torch_dist.adam_tensors(hosted).items())
                 assert apart <= (1e-4 if again.config.optimizer_cpu_offload is False else 0), (name, apart)
     finally:
         optimizer.in_host_memory, HybridDeviceOptimizer._get_sub_optimizer_param_groups = kept
@@ -246,7 +247,7 @@ def case_a_checkpoint_is_of_the_moment_of_its_copy() -> None:
     for name, (model, options) in {"dp2": ("untied", {}), "tp2": ("tied", TP2_SP), "ep2": ("moe", EP2)}.items():
         trainer, _ = sft(FOLDER / model, lr=LR, **options)
         copied, folder = everything(trainer), FOLDER / f"behind-{name}"
-        parts = torch_dist.stage(trainer, folder, detached=True)
+        parts = torch_dist.stage(trainer, folder, torch_dist.HostCopies())
         batch = tiny.make_samples()
         again = tiny.batch(batch, tiny.step(tiny.share(trainer, [batch[:3], batch[3:]]), batch))
         trainer.train(again)                # before a byte is written
@@ -258,6 +259,29 @@ def case_a_checkpoint_is_of_the_moment_of_its_copy() -> None:
         fresh = tiny.build_trainer(FOLDER / model, loss_type="sft", lr=LR, **options)
         torch_dist.load(fresh, folder, with_optimizer=True)
         assert same(copied, everything(fresh)), f"{name}: another moment was saved"
+
+
+def case_each_rank_saves_its_share_of_the_optimizer() -> None:
+    """A parameter is saved by one data-parallel rank, also where a border runs through it; the other's piece is in its place."""
+    from rlmono.checkpoint import adam, torch_dist
+    trainer, _ = sft(FOLDER / "untied", lr=LR)
+    part, = torch_dist.stage(trainer, FOLDER / "shares")
+    mine = {item.index.fqn for item, _ in part.tensors if item.index.fqn.startswith("optimizer.")}
+    part.write()
+    saved: list[set[str]] = [set(), set()]
+    dist.all_gather_object(saved, mine)
+    assert saved[0] and saved[1] and not saved[0] & saved[1], "both save, and not the same"
+    stored, (single,) = moves.stored(FOLDER / "shares"), trainer.optimizers
+    names = {p: name for name, p in torch_dist.held_tensors(trainer.chunks).items()}
+    assert {k for k in stored if k.startswith("optimizer.")} == saved[0] | saved[1]
+    shares = adam.shares(single)
+    for share in shares:
+        if dist.get_rank() in share.pieces:
+            a, b = share.pieces[dist.get_rank()]
+            for key, piece in adam.live(single, share.parameter).items():
+                name = f"optimizer.state.{key}.{names[share.parameter]}"
+                assert piece.any() and torch.equal(stored[name].flatten()[a:b], piece), name
+    assert any(len(share.pieces) == 2 for share in shares), "no border runs through a parameter"
 
 
 def case_a_checkpoint_that_is_not_finite_is_refused_by_name() -> None:
@@ -281,15 +305,15 @@ def case_a_checkpoint_that_is_not_finite_is_refused_by_name() -> None:
         dist.barrier()
     held = lambda t: torch_dist.held_tensors(t.chunks)[name].data  # noqa: E731
     refused("nan-weight", held, name)
-    refused("nan-moment", lambda t: torch_dist._adam(t)[f"optimizer.state.exp_avg.{name}"], f"optimizer.state.exp_avg.{name}")
+    refused("nan-moment", lambda t: torch_dist.adam_tensors(t)[f"optimizer.state.exp_avg.{name}"], f"optimizer.state.exp_avg.{name}")
 
 
 def case_a_rank_that_can_not_write_fails_on_all() -> None:
     from rlmono.checkpoint import torch_dist
     trainer, _ = sft(FOLDER / "untied", **TP2)
-    part, = torch_dist.stage(trainer, FOLDER / "fails", detached=True)
+    part, = torch_dist.stage(trainer, FOLDER / "fails")
     if dist.get_rank() == 1:
-        part.buckets = [(str(FOLDER / "nowhere" / "file"), *rest) for _, *rest in part.buckets]
+        part.path = FOLDER / "nowhere" / "file"
     try:
         part.write()
     except OSError as e:
