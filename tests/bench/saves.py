@@ -1,6 +1,7 @@
 """How long a checkpoint stops the loop, written at once and in the background: part `save` of `python tests/bench/cpu.py`.
 
-By itself (`python tests/bench/saves.py`) it prints bytes and seconds, of one rank with a model of 0.1 billion parameters in fp32.
+By itself (`python tests/bench/saves.py [MODEL [TIMES]]`) it prints bytes and seconds: of one rank with a model of 0.1 billion parameters in
+fp32; on GPUs, under torchrun, of any number of data-parallel ranks with a model of random_model.py in bf16.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = dict(architectures=["Qwen3ForCausalLM"], model_type="qwen3", hidden_size=768, intermediate_size=2048, num_hidden_layers=12,
@@ -44,34 +45,85 @@ def main() -> None:
     compat.prepare()
     import torch
     import torch.distributed as dist
+    from random_model import COMMON, SHAPES
 
     from rlmono.checkpoint import torch_dist
     from rlmono.config.schema import Config
     from rlmono.models.registry import shape_from_hf
     from rlmono.trainer.trainer import Trainer
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    trainer = Trainer(Config(hf_checkpoint="", model=shape_from_hf(MODEL), loss_type="sft"), torch.float32, 1)
+    name, times = (sys.argv[1:] + [""])[0], int((sys.argv[2:] + [TIMES])[0])
+    if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl")
+    else:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    model = COMMON | dict(architectures=["Qwen3ForCausalLM"], model_type="qwen3", rope_theta=1e6) | SHAPES[name] if name else MODEL
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    trainer = Trainer(Config(hf_checkpoint="", model=shape_from_hf(model), loss_type="sft"), dtype, 1)
     for tensor in torch_dist.adam_tensors(trainer).values():
         tensor.uniform_()               # as after a step: what nobody has written yet has no pages
     spent: dict[str, list[float]] = {"at_once": [], "behind": [], "copy": []}
-    host = torch_dist.HostCopies()
-    with tempfile.TemporaryDirectory() as tmp:
-        for i in range(TIMES + 1):
-            begun = time.perf_counter()
-            parts = torch_dist.stage(trainer, Path(tmp) / f"behind-{i}", host)
-            spent["behind"].append(time.perf_counter() - begun)
-            size = sum(part.nbytes for part in parts)
-            begun = time.perf_counter()
-            copies = [t.clone() for part in parts for _, t in part.tensors]
-            spent["copy"].append(time.perf_counter() - begun)
-            del copies, parts
-            if i == 0:
-                continue
-            begun = time.perf_counter()
-            torch_dist.save(trainer, Path(tmp) / "at-once" / str(i))
-            spent["at_once"].append(time.perf_counter() - begun)
-            subprocess.run(["rm", "-r", *(str(p) for p in Path(tmp).iterdir())], check=True)
-    print(json.dumps({"bytes": size, "first": spent["behind"].pop(0)} | {k: statistics.median(v) for k, v in spent.items()}))
+    folder, host = Path(_everywhere(tempfile.mkdtemp())), torch_dist.HostCopies()
+
+    def timed(what: str, work: Callable[[], Any]) -> Any:
+        _settle(folder)
+        begun = time.perf_counter()
+        result = work()
+        spent[what].append(time.perf_counter() - begun)
+        return result
+    for i in range(times + 1):
+        parts = timed("behind", lambda: torch_dist.stage(trainer, folder / "behind", host))
+        size = sum(part.nbytes for part in parts)
+        timed("copy", lambda: [t.clone() for part in parts for _, t in part.tensors])       # noqa: B023 - called at once
+        if i:
+            del parts
+            timed("at_once", lambda: torch_dist.save(trainer, folder / "at-once"))
+    _settle(folder)
+    sizes: list[int] = [0] * dist.get_world_size()
+    dist.all_gather_object(sizes, size)
+    check(trainer, folder / "check", host)
+    _settle(folder)
+    if dist.get_rank() == 0:
+        folder.rmdir()
+        first = {"bytes": sum(sizes), "ranks": sizes, "first": spent["behind"].pop(0)}
+        print(json.dumps(first | {k: statistics.median(v) for k, v in spent.items()}))
+
+
+def check(trainer: Any, folder: Path, host: Any) -> None:
+    """What is loaded is what was there when the copy was made."""
+    import torch
+
+    from rlmono.checkpoint import torch_dist
+    live = [*torch_dist.adam_tensors(trainer).values(), *torch_dist.held_tensors(trainer.chunks).values()]
+    expected = [t.detach().clone() for t in live]
+    parts = torch_dist.stage(trainer, folder, host)
+    with torch.no_grad():
+        for t in live:
+            t.zero_()
+    for part in parts:
+        part.write()
+    torch_dist.load(trainer, folder, with_optimizer=True)
+    assert all(torch.equal(a, b) for a, b in zip(live, expected, strict=True)), "other numbers were loaded"
+
+
+def _everywhere(value: Any) -> Any:
+    """The first rank's."""
+    import torch.distributed as dist
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def _settle(folder: Path) -> None:
+    """Every rank and its device are here, with nothing in the folder."""
+    import torch
+    import torch.distributed as dist
+    dist.barrier()
+    if dist.get_rank() == 0:
+        subprocess.run(["rm", "-rf", *(str(p) for p in folder.iterdir())], check=True)
+    dist.barrier()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":
