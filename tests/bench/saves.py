@@ -1,7 +1,7 @@
 """How long a checkpoint stops the loop, written at once and in the background: part `save` of `python tests/bench/cpu.py`.
 
-By itself (`python tests/bench/saves.py [MODEL [TIMES]]`) it prints bytes and seconds: of one rank with a model of 0.1 billion parameters in
-fp32; on GPUs, under torchrun, of any number of data-parallel ranks with a model of random_model.py in bf16.
+By itself (`python tests/bench/saves.py [MODEL [TIMES]]`) it prints the bytes of each rank, and seconds: of one rank with a model of
+0.1 billion parameters in fp32; on GPUs, under torchrun, of any number of data-parallel ranks with a model of random_model.py in bf16.
 """
 
 from __future__ import annotations
@@ -24,17 +24,22 @@ TIMES = 5
 
 
 def save_figures() -> list[dict[str, Any]]:
-    from cpu import figure
     environ = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, __file__], cwd=ROOT, capture_output=True, text=True, timeout=800, env=environ)
     if done.returncode:
         raise SystemExit(done.stderr[-3000:])
-    found = json.loads(done.stdout.splitlines()[-1])
-    size, note = f"{found['bytes'] / 2**30:.3g} GiB, 1 rank", f"median of {TIMES}"
+    return rows(json.loads(done.stdout.splitlines()[-1]), f"median of {TIMES}")
+
+
+def rows(found: dict[str, Any], note: str) -> list[dict[str, Any]]:
+    """The figures of what `main` prints."""
+    from cpu import figure
+    ranks = found["ranks"]
+    size = f"{sum(ranks) / 2**30:.3g} GiB, {len(ranks)} rank{'s' * (len(ranks) > 1)}"
     return [figure("checkpoint: the loop stands still, written at once", found["at_once"], "s", "", size, note),
-            figure("checkpoint: the loop stands still, --async-save", found["behind"], "s", "", size, f"median of {TIMES} after the first"),
+            figure("checkpoint: the loop stands still, --async-save", found["behind"], "s", "", size, f"{note} after the first"),
             figure("checkpoint: the loop stands still, --async-save, first of a run", found["first"], "s", "", size, "host memory is made, and kept"),
-            figure("checkpoint: a bare copy of its tensors in memory", found["copy"], "s", "", size, f"{note}; into new memory"),
+            figure("checkpoint: a bare copy of a rank's tensors in host memory", found["copy"], "s", "", size, f"{note}; into new memory"),
             figure("checkpoint, --async-save: in bare copies", found["behind"] / found["copy"], "", "<= 2", "the line above"),
             figure("checkpoint, --async-save: part of the time of one written at once", found["behind"] / found["at_once"], "", "< 0.3",
                    "the lines above")]
@@ -85,7 +90,7 @@ def main() -> None:
     _settle(folder)
     if dist.get_rank() == 0:
         folder.rmdir()
-        first = {"bytes": sum(sizes), "ranks": sizes, "first": spent["behind"].pop(0)}
+        first = {"ranks": sizes, "first": spent["behind"].pop(0)}
         print(json.dumps(first | {k: statistics.median(v) for k, v in spent.items()}))
 
 
