@@ -274,15 +274,13 @@ def case_each_rank_saves_its_share_of_the_optimizer() -> None:
     assert saved[0] and saved[1] and not saved[0] & saved[1], "both save, and not the same"
     stored, (single,) = moves.stored(FOLDER / "shares"), trainer.optimizers
     names = {p: name for name, p in torch_dist.held_tensors(trainer.chunks).items()}
-    shares = adam.shares(single)
+    shares, about = adam.shares(single), adam._by_parameter(torch_dist._chunks(trainer.chunks))
     for share in shares:
         if dist.get_rank() in share.pieces:
             a, b = share.pieces[dist.get_rank()]
             for key, piece in adam.live(single, share.parameter).items():
-                found = re.fullmatch(r"(.*\.layers\.)(\d+)\.(.*)", names[share.parameter])
-                before, layer, after = found.groups() if found else (names[share.parameter], "", "")
-                whole = stored[f"optimizer.state.{key}.{before}{after}"]
-                whole = whole[int(layer)] if layer else whole           # layers lie in one tensor
+                whole, layer = stored[f"optimizer.state.{key}.{about[id(share.parameter)].key}"], re.search(r"layers\.(\d+)", names[share.parameter])
+                whole = whole[int(layer[1])] if layer else whole            # layers lie in one tensor
                 assert piece.any() and torch.equal(whole.flatten()[a:b], piece), names[share.parameter]
     assert any(len(share.pieces) == 2 for share in shares), "no border runs through a parameter"
 
