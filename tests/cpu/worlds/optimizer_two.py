@@ -265,7 +265,7 @@ def case_a_checkpoint_is_of_the_moment_of_its_copy() -> None:
 def case_each_rank_saves_its_share_of_the_optimizer() -> None:
     """A parameter is saved by one data-parallel rank, also where a border runs through it; the other's piece is in its place."""
     from rlmono.checkpoint import adam, torch_dist
-    trainer, _ = sft(FOLDER / "untied", lr=LR)
+    trainer, _ = sft(FOLDER / "tied", lr=LR)
     part, = torch_dist.stage(trainer, FOLDER / "shares")
     mine = {(item.index.fqn, item.index.offset) for item, _ in part.tensors if item.index.fqn.startswith("optimizer.")}
     part.write()
