@@ -21,5 +21,5 @@ status=0
 "$PYTHON" -m ruff check . || status=1
 "$PYTHON" -m mypy || status=1
 [ "$status" = 0 ] || echo "test: ruff or mypy has found something, see above" >&2
-"$PYTHON" -m pytest -m "$marks" "$@" "${tests[@]}" || status=$?
+"$PYTHON" -m pytest --durations 12 -m "$marks" "$@" "${tests[@]}" || status=$?
 exit "$status"

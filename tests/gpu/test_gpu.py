@@ -13,7 +13,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
-COMMON = ["--use-dynamic-batch-size", "--max-tokens-per-gpu", "16384", "--colocate", "--adam-beta2", "0.95", "--progress", "plain"]
+COMMON = ["--use-dynamic-batch-size", "--max-tokens-per-gpu", "16384", "--adam-beta2", "0.95", "--progress", "plain"]
 
 
 def train(run: Path, *flags: str, ranks: int = 2) -> list[dict[str, float]]:
@@ -23,6 +23,18 @@ def train(run: Path, *flags: str, ranks: int = 2) -> list[dict[str, float]]:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def random_model(folder: Path, name: str) -> Path:
+    subprocess.run([sys.executable, "tests/bench/random_model.py", name, str(folder / "made")], cwd=ROOT, check=True, timeout=120)
+    return folder / "made"
+
+
+def on(made: Path) -> list[str]:
+    """GRPO on 64 samples a rollout, of a model that random_model.py has made."""
+    return ["--hf-checkpoint", f"{made}/model", "--prompt-data", f"{made}/prompts.jsonl", "--input-key", "messages", "--label-key", "label",
+            "--apply-chat-template", "--custom-rm-path", "rlmono.quickstart.reward", "--rollout-batch-size", "8", "--n-samples-per-prompt", "8",
+            "--rollout-max-response-len", "64", "--sglang-mem-fraction-static", "0.4", "--sglang-cuda-graph-max-bs-decode", "64"]
 
 
 def test_the_quickstarts_task(tmp_path: Path) -> None:
@@ -48,7 +60,7 @@ def test_adam_in_host_memory(tmp_path: Path) -> None:
     def sft(name: str, *flags: str, rollouts: int = 4) -> list[dict[str, float]]:
         rows = train(tmp_path / name, "--hf-checkpoint", f"{data}/model", "--loss-type", "sft", "--prompt-data", f"{data}/sft.jsonl",
                      "--input-key", "messages", "--num-rollout", str(rollouts), "--rollout-batch-size", "200", "--num-steps-per-rollout", "5",
-                     "--lr", "1e-3", "--adam-eps", "1e-4", *flags)
+                     "--lr", "1e-3", "--adam-eps", "1e-4", "--colocate", *flags)
         return [row for row in rows if "train/loss" in row]
     gpu, cpu = sft("gpu"), sft("cpu", *offload, "--save", f"{tmp_path}/whole")
     assert gpu[-1]["train/loss"] < 0.9 * gpu[0]["train/loss"], "nothing was learned: equal losses would say nothing"
@@ -61,15 +73,19 @@ def test_adam_in_host_memory(tmp_path: Path) -> None:
     assert all(abs(a["train/loss"] - b["train/loss"]) <= 0.005 * abs(a["train/loss"]) for a, b in zip(cpu[2:], resumed, strict=True)), (cpu, resumed)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+def test_a_trainer_and_an_engine_beside_each_other(tmp_path: Path) -> None:
+    """Not colocated: weights are broadcast after every rollout, and the run ends by itself, the last broadcast too."""
+    made = random_model(tmp_path, "qwen3-0.6b")
+    metrics = train(tmp_path / "run", *on(made), "--num-rollout", "3", "--actor-num-gpus-per-node", "1", "--rollout-num-gpus", "1",
+                    "--check-weight-update-equal", ranks=3)
+    assert max(m["train/train_rollout_logprob_abs_diff"] for m in metrics if "train/train_rollout_logprob_abs_diff" in m) < 0.03
+
+
 @pytest.mark.parametrize("name", ["tiny", "moe", "glm", "deepseek"])
 def test_trainer_and_engine_agree(tmp_path: Path, name: str) -> None:
     """bf16, before and after a swap and an update. transformers in bf16 differs from fp32 by 0.003 to 0.005 on such models."""
-    subprocess.run([sys.executable, "tests/bench/random_model.py", name, str(tmp_path / "made")], cwd=ROOT, check=True, timeout=120)
-    made = tmp_path / "made"
-    metrics = train(tmp_path / "run", "--hf-checkpoint", f"{made}/model", "--prompt-data", f"{made}/prompts.jsonl", "--input-key", "messages",
-                    "--label-key", "label", "--apply-chat-template", "--custom-rm-path", "rlmono.quickstart.reward",
-                    "--num-rollout", "2", "--rollout-batch-size", "8", "--n-samples-per-prompt", "8",
-                    "--rollout-max-response-len", "64", "--lr", "1e-5",
-                    "--sglang-mem-fraction-static", "0.4", "--sglang-cuda-graph-max-bs-decode", "64", "--check-weight-update-equal")
+    made = random_model(tmp_path, name)
+    metrics = train(tmp_path / "run", *on(made), "--colocate", "--num-rollout", "2", "--lr", "1e-5", "--check-weight-update-equal")
     differences = [m["train/train_rollout_logprob_abs_diff"] for m in metrics if "train/train_rollout_logprob_abs_diff" in m]
     assert len(differences) == 2 and max(differences) < 0.01, differences
