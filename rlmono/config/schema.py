@@ -62,7 +62,7 @@ class Placement:
         "auto", "With --colocate, what of the trainer leaves the GPU while engines generate: optimizer is its state, gradients and reference "
         "models; all is the weights too. auto moves as little as the KV cache allows.", choices=("auto", "none", "optimizer", "all"))
     host_memory_gib: Optional[float] = option(
-        None, "Host memory of a node that may be pinned for --offload-train. Default: what the kernel and the cgroup say is free.", above=0.0)
+        None, "Host memory of a node for --offload-train, and for the copies of --async-save. Default: what kernel and cgroup call free.", above=0.0)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ from rlmono.checkpoint import rng
 from rlmono.checkpoint.store import CheckpointStore, fail
 from rlmono.config.hf import changed_values
 from rlmono.loop.world import RunPlan, World
+from rlmono.memory.host import available_bytes
+from rlmono.memory.plan import GIB, refuse_host_memory
 from rlmono.world.channel import HostLink
 from rlmono.world.messages import Failed
 
@@ -40,6 +42,16 @@ class Saver:
         if world.config.async_save and trainer is not None:
             # Of its own: the trainer's groups are in use while the thread writes.
             self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=world.config.phase_timeout_s))
+            self._refuse_host_memory()
+
+    def _refuse_host_memory(self) -> None:
+        """The copies of a checkpoint are as large as weights and optimizer, and stay for the whole run."""
+        config, size = self.world.config, self.world.launch.local_world_size
+        tensors = self.trainer.tagged()
+        needed = sum(t.nbytes for tag in ("params", "optimizer") for t in tensors[tag])
+        ranks = sum(rank // size == self.world.rank // size for rank in self.world.grid.trainers)
+        available = available_bytes() if config.host_memory_gib is None else int(config.host_memory_gib * GIB)
+        refuse_host_memory(needed, available, ranks, "--async-save", "copies of a checkpoint", "save at once (without --async-save)")
 
     def is_due(self, rollout_id: int) -> bool:
         return self.store is not None and self.store.due(rollout_id, self.plan.num_rollout)

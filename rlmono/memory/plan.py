@@ -85,11 +85,12 @@ def cache_bytes_a_token(shape: Mapping[str, Any], engine_tp: int, item: int) -> 
     return int(shape["num_layers"] * width * item)
 
 
-def refuse_host_memory(needed: int, available: int, ranks: int, where: str) -> None:
+def refuse_host_memory(needed: int, available: int, ranks: int, where: str, use: str = "what leaves the GPU",
+                       remedy: str = "move less (--offload-train none)") -> None:
     """Raises MemoryError when `ranks` ranks of a node, each with `needed` bytes, want more than there is. A tenth is left to everything else."""
     if ranks * needed > available * 0.9:
-        raise MemoryError(f"{where}: {ranks} rank(s) of this node want {ranks * needed / GIB:.1f} GiB of pinned host memory for what leaves the GPU, "
-                          f"and {available / GIB:.1f} GiB are free: move less (--offload-train none), use more data-parallel ranks, or say how much "
+        raise MemoryError(f"{where}: {ranks} rank(s) of this node want {ranks * needed / GIB:.1f} GiB of host memory for {use}, "
+                          f"and {available / GIB:.1f} GiB are free: {remedy}, use more data-parallel ranks, or say how much "
                           "there is with --host-memory-gib if the kernel does not know")
 
 

@@ -30,6 +30,7 @@ def prepare() -> None:
     if not torch.cuda.is_available():
         _before_import_on_cpu()
     _without_transformer_engine()
+    _torchs_adam()
     _without_waiting()
     if not torch.cuda.is_available():
         _after_import_on_cpu()
@@ -58,6 +59,15 @@ def _without_transformer_engine() -> None:
     if utils.get_te_version() is None:
         utils._te_version = Version("0.0.0")        # None >= Version raises
     _selective_recompute()
+
+
+def _torchs_adam() -> None:
+    """Also where Transformer Engine or Apex is installed: their Adam counts its steps elsewhere, and checkpoints would say it took none."""
+    import megatron.core.optimizer as optimizers
+    import megatron.core.optimizer.distrib_optimizer as distributed
+    optimizers.Adam = distributed.Adam = torch.optim.AdamW
+    optimizers.USING_PYTORCH_OPTIMIZER = True
+    distributed.HAVE_APEX_OR_TE = distributed.USING_TE_OPTIMIZER = distributed.USING_APEX_OPTIMIZER = False
 
 
 def _selective_recompute() -> None:

@@ -65,7 +65,7 @@ def test_a_forced_policy_is_kept_to() -> None:
 
 def test_host_memory_is_refused_where_it_is_not_there() -> None:
     plan.refuse_host_memory(40 * GIB, 100 * GIB, 2, "here")
-    with pytest.raises(MemoryError, match=r"--offload-train all: 4 rank\(s\) of this node want 160.0 GiB.*100.0 GiB are free.*--host-memory-gib"):
+    with pytest.raises(MemoryError, match=r"--offload-train all: 4 rank\(s\) of this node want 160.0 GiB.*100.0 GiB are free: .*--host-memory-gib"):
         plan.refuse_host_memory(40 * GIB, 100 * GIB, 4, "--offload-train all")
 
 
