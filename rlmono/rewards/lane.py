@@ -27,7 +27,7 @@ class Lane:
         self._timeout_s, self._broken = timeout_s, broken
         self._queue: deque[Item] = deque()
         shares = [concurrency // workers + (i < concurrency % workers) for i in range(workers)]
-        self._workers = [RemoteWorker(setup, timeout_s, share) for share in shares]
+        self._workers = [RemoteWorker(setup, timeout_s, share, self._settled) for share in shares]
         self._tasks: list[asyncio.Task[None]] = []
         self._feeding = False
 
@@ -106,14 +106,16 @@ class Lane:
         for worker, items in shares.items():
             worker.send(items)
 
+    def _settled(self, outcomes: list[tuple[Item, Outcome]]) -> None:
+        for item, outcome in outcomes:
+            _settle(item, outcome)
+        self._feed_soon()
+
     async def _serve(self, worker: RemoteWorker) -> None:
-        """Takes in a worker's outcomes; when it dies, settles what it was doing and replaces it."""
+        """When a worker dies, settles what it was doing and replaces it."""
         try:
             while True:
-                while outcomes := await worker.receive():
-                    for item, outcome in outcomes:
-                        _settle(item, outcome)
-                    self._feed_soon()
+                await worker.end()
                 culprits, others, death = await worker.bury()
                 for item in culprits:
                     _settle(item, Outcome(item.id, remark=death.remark, where=death.detail, detail=death.detail))

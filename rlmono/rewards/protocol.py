@@ -61,6 +61,8 @@ class Outcome(msgspec.Struct, array_like=True):
     """Tells errors apart: exception type and line."""
     detail: str = ""
     """For the log: a traceback, or one sentence."""
+    seconds: float = 0.0
+    """What it took, where a worker takes one after the other."""
 
 
 def frame(message: msgspec.Struct) -> bytearray:

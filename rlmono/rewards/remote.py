@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import msgspec
@@ -20,8 +21,9 @@ logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 120.0
 """For a worker to start and import its reward."""
-AHEAD = 8
-"""Tasks at a worker that takes one after the other: enough to hide the way, few enough that a slow one holds up little."""
+AHEAD_S, LEAST_AHEAD, MOST_AHEAD = 0.01, 4, 64
+"""Tasks at a worker that takes one after the other: what keeps it at work for so long, so that the way there and back, through a busy loop, is
+hidden; and few enough that a slow one holds up little."""
 GRACE_S = 1.0
 """What an async worker gets beyond the deadline to end an overdue reward by itself."""
 
@@ -47,44 +49,77 @@ class Death(NamedTuple):
     detail: str
 
 
+class _Messages(asyncio.SubprocessProtocol):
+    """What a process writes, handed over in the turn of the loop in which it comes: a stream with a reader takes a turn more."""
+
+    def __init__(self, take: Callable[[list[bytes]], None]) -> None:
+        self._take, self._buffer = take, bytearray()
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Nothing more comes; or what has come is no message."""
+        self.exited = asyncio.Event()
+
+    def pipe_data_received(self, fd: int, data: bytes) -> None:
+        self._buffer += data
+        frames, start = [], 0
+        while len(self._buffer) >= start + LENGTH.size:
+            end = start + LENGTH.size + LENGTH.unpack_from(self._buffer, start)[0]
+            if len(self._buffer) < end:
+                break
+            frames.append(bytes(self._buffer[start + LENGTH.size:end]))
+            start = end
+        del self._buffer[:start]
+        try:
+            self._take(frames)
+        except Exception as error:
+            if not self.ended.done():
+                self.ended.set_exception(error)
+
+    def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:
+        if fd == 1 and not self.ended.done():
+            self.ended.set_result(None)
+
+    def process_exited(self) -> None:
+        self.exited.set()
+
+
 class RemoteWorker:
     """One worker process, and the next after its death. `in_flight` has the tasks sent and not answered, oldest first.
 
-    A worker for async rewards (`concurrent`) gets `at_once` tasks at a time.
+    A worker for async rewards (`concurrent`) gets `at_once` tasks at a time. `settle(pairs)` gets outcomes as they come.
     """
 
-    def __init__(self, setup: Setup, timeout_s: float, at_once: int) -> None:
+    def __init__(self, setup: Setup, timeout_s: float, at_once: int, settle: Callable[[list[tuple[Item, Outcome]]], None]) -> None:
         self.in_flight: dict[int, Item] = {}
         self.concurrent = False
-        self._setup, self._timeout_s, self._at_once = setup, timeout_s, at_once
-        self._process: asyncio.subprocess.Process | None = None
-        self._buffer = bytearray()
+        self._setup, self._timeout_s, self._at_once, self._settle = setup, timeout_s, at_once, settle
+        self._transport: asyncio.SubprocessTransport | None = None
+        self._messages: _Messages
+        self._first: asyncio.Future[bytes]
+        self._task_s = AHEAD_S / LEAST_AHEAD        # of late, a task
         self._ready = False
         self._answered_at = 0.0
         self._condemned: set[int] = set()
 
     async def start(self) -> None:
         """Starts the process and waits until its reward is loaded; RewardError says why it is not."""
-        self._buffer.clear()
         self._condemned.clear()
+        loop = asyncio.get_running_loop()
+        self._first = loop.create_future()
         # The worker finds the modules that this process finds; a session of its own, so that it and its children die together.
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "rlmono.rewards.worker", stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
-            env=environment, start_new_session=True, limit=1 << 20)
-        _widen(self._process)
-        self._write(frame(msgspec.structs.replace(self._setup, parent=os.getpid())))
-        try:
-            async with asyncio.timeout(START_TIMEOUT_S):
-                frames = await self._frames()
-        except TimeoutError:
-            await self.bury()
-            raise RewardError(f"a reward worker took more than {START_TIMEOUT_S:g} s to import {_functions(self._setup)}") from None
-        ready = msgspec.msgpack.decode(frames[0], type=Ready) if frames else None
+        self._transport, self._messages = await loop.subprocess_exec(
+            lambda: _Messages(self._take), sys.executable, "-m", "rlmono.rewards.worker", stderr=None, env=environment, start_new_session=True)
+        _widen(self._inbox())
+        self._inbox().write(frame(msgspec.structs.replace(self._setup, parent=os.getpid())))
+        await asyncio.wait([self._first, self._messages.ended], timeout=START_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
+        ready = msgspec.msgpack.decode(self._first.result(), type=Ready) if self._first.done() else None
         if ready is None or ready.problem is not None:
+            died = self._messages.ended.done()
             _, _, death = await self.bury()
             if ready is not None:
                 raise RewardError(f"the reward cannot be loaded: {ready.problem}")
+            if not died:
+                raise RewardError(f"a reward worker took more than {START_TIMEOUT_S:g} s to import {_functions(self._setup)}")
             raise RewardError(f"a reward worker died while it imported {_functions(self._setup)}: {death.detail}; its output says more")
         self.concurrent, self._ready = ready.concurrent, True
 
@@ -93,7 +128,8 @@ class RemoteWorker:
         """How many more samples may be sent now. A suspect is worked on alone."""
         if not self._ready or any(item.suspect for item in self.in_flight.values()):
             return 0
-        return (self._at_once if self.concurrent else AHEAD) - len(self.in_flight)
+        ahead = self._at_once if self.concurrent else min(max(LEAST_AHEAD, int(AHEAD_S / self._task_s)), MOST_AHEAD)
+        return ahead - len(self.in_flight)
 
     @property
     def idle(self) -> bool:
@@ -105,21 +141,25 @@ class RemoteWorker:
             item.sent_at = now
             self.in_flight[item.id] = item
         if items:
-            self._write(b"".join(item.data for item in items))
+            self._inbox().write(b"".join(item.data for item in items))
 
-    async def receive(self) -> list[tuple[Item, Outcome]]:
-        """The next outcomes, at least one; none when the process has ended. (Bounded by the pool's watch, which kills.)"""
+    def _take(self, frames: list[bytes]) -> None:
+        if frames and not self._first.done():
+            self._first.set_result(frames.pop(0))
+        if not frames:
+            return
+        self._answered_at = time.monotonic()
         pairs: list[tuple[Item, Outcome]] = []
-        while not pairs:
-            frames = await self._frames()
-            if not frames:
-                break
-            self._answered_at = time.monotonic()
-            for outcome in map(_decode_outcome, frames):
-                item = self.in_flight.pop(outcome.id, None)
-                if item is not None:
-                    pairs.append((item, outcome))
-        return pairs
+        for outcome in map(_decode_outcome, frames):
+            item = self.in_flight.pop(outcome.id, None)
+            if item is not None:
+                pairs.append((item, outcome))
+                self._task_s += (outcome.seconds - self._task_s) / 16
+        self._settle(pairs)
+
+    async def end(self) -> None:
+        """Until the process has ended. (Bounded by the pool's watch, which kills.) Raises what its messages are wrong with."""
+        await asyncio.shield(self._messages.ended)
 
     def overdue(self) -> set[int]:
         """The samples whose reward runs for longer than its deadline."""
@@ -131,7 +171,7 @@ class RemoteWorker:
         return {running.id} if running is not None and late else set()
 
     def kill_for(self, ids: set[int]) -> None:
-        """Kills the process because of these samples; `receive` then sees its end."""
+        """Kills the process because of these samples; `end` then returns."""
         self._condemned = set(ids)
         self._kill()
 
@@ -158,65 +198,48 @@ class RemoteWorker:
     async def stop(self, timeout_s: float) -> None:
         """Lets an idle process end by itself, within the deadline; kills one that is at work."""
         self._ready = False
-        if self._process is None or self._process.stdin is None:
+        if self._transport is None:
             return
         if self.in_flight:
             self._kill()
-        self._process.stdin.close()
+        self._inbox().close()
         await self._wait(timeout_s)
         self._kill()
 
-    def _write(self, data: bytes | bytearray) -> None:
-        assert self._process is not None and self._process.stdin is not None
-        self._process.stdin.write(data)
-
-    async def _frames(self) -> list[bytes]:
-        """The messages that come next, at least one; none at the end of the stream."""
-        assert self._process is not None and self._process.stdout is not None
-        frames: list[bytes] = []
-        while not frames:
-            data = await self._process.stdout.read(1 << 18)
-            if not data:
-                break
-            self._buffer += data
-            start = 0
-            while len(self._buffer) >= start + LENGTH.size:
-                end = start + LENGTH.size + LENGTH.unpack_from(self._buffer, start)[0]
-                if len(self._buffer) < end:
-                    break
-                frames.append(bytes(self._buffer[start + LENGTH.size:end]))
-                start = end
-            del self._buffer[:start]
-        return frames
+    def _inbox(self) -> asyncio.WriteTransport:
+        assert self._transport is not None
+        pipe = self._transport.get_pipe_transport(0)
+        assert isinstance(pipe, asyncio.WriteTransport)
+        return pipe
 
     def _kill(self) -> None:
         """The whole process group: a reward's children too."""
-        if self._process is None:
+        if self._transport is None:
             return
         try:
-            os.killpg(self._process.pid, signal.SIGKILL)
+            os.killpg(self._transport.get_pid(), signal.SIGKILL)
         except ProcessLookupError:
-            logger.debug("reward worker %d has already ended", self._process.pid)
+            logger.debug("reward worker %d has already ended", self._transport.get_pid())
 
     async def _wait(self, timeout_s: float) -> int | None:
         """The exit code, or None when the process has not ended in time; it is killed then."""
-        assert self._process is not None
+        assert self._transport is not None
         try:
             async with asyncio.timeout(timeout_s):
-                return await self._process.wait()
+                await self._messages.exited.wait()
+                return self._transport.get_returncode()
         except TimeoutError:
             self._kill()
-            logger.warning("reward worker %d did not end within %g s", self._process.pid, timeout_s)
+            logger.warning("reward worker %d did not end within %g s", self._transport.get_pid(), timeout_s)
             return None
 
 
-def _widen(process: asyncio.subprocess.Process) -> None:
+def _widen(inbox: asyncio.WriteTransport) -> None:
     """A pipe holds 64 KiB, and a sample of 8k tokens has twice that: each would take several turns of the loop and of the worker."""
-    assert process.stdin is not None
     try:
-        fcntl.fcntl(process.stdin.transport.get_extra_info("pipe"), fcntl.F_SETPIPE_SZ, 1 << 20)
+        fcntl.fcntl(inbox.get_extra_info("pipe"), fcntl.F_SETPIPE_SZ, 1 << 20)
     except OSError as error:        # the user has too many pipes, or the system allows no larger ones
-        logger.debug("the pipe to reward worker %d stays as small as it is: %s", process.pid, error)
+        logger.debug("a reward worker's pipe stays as small as it is: %s", error)
 
 
 def _functions(setup: Setup) -> str:

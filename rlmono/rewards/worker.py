@@ -16,6 +16,7 @@ import os
 import resource
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -66,8 +67,10 @@ def _limit(memory_bytes: int | None) -> None:
 
 def _serve_in_turn(inbox: BinaryIO, outbox: BinaryIO, args: Any) -> None:
     while (data := _read(inbox)) is not None:
-        task = _decode_task(data)
-        _send(outbox, _score(task, args))
+        begun = time.perf_counter()
+        outcome = _score(_decode_task(data), args)
+        outcome.seconds = time.perf_counter() - begun
+        _send(outbox, outcome)
 
 
 async def _serve_concurrently(inbox: BinaryIO, outbox: BinaryIO, args: Any) -> None:

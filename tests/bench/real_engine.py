@@ -1,7 +1,7 @@
-"""The real engine on CPU for rollout.py's part `engine`, started by torchrun: `real_engine.py ADDRESS MODEL CONCURRENCY PHASES PROMPT TOKENS…`.
+"""The real engine on CPU for rollout.py's part `engine`, started by torchrun: `real_engine.py ADDRESS MODEL CONCURRENCY PAIRS PROMPT TOKENS…`.
 
-It serves a phase for the host at ADDRESS and then generates the same by a bare loop, in turn: SGLang's scheduler gets its own
-requests from a list, and its outputs are counted. TOKENS are the lengths of the responses.
+A phase for the host at ADDRESS and the same by a bare loop make a pair, and every second pair begins with the bare loop: SGLang's scheduler
+gets its own requests from a list, and its outputs are counted. TOKENS are the lengths of the responses.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 sys.path.append(str(Path(__file__).resolve().parents[1] / "cpu" / "worlds"))
 
 
-def main(address: str, model: Path, concurrency: int, phases: int, prompt: int, lengths: list[int]) -> None:
+def main(address: str, model: Path, concurrency: int, pairs: int, prompt: int, lengths: list[int]) -> None:
     from rlmono.engine.compat import prepare_cpu
     from rlmono.world.channel import HostLink
     prepare_cpu()
@@ -32,12 +32,14 @@ def main(address: str, model: Path, concurrency: int, phases: int, prompt: int, 
     engine = Engine(tiny.make_config(model, sglang_server_concurrency=concurrency), [[0]], 0, "cpu", "float32", link)
     engine.load_weights(load_file(model / "model.safetensors").items())
     rates = []
-    for phase in range(phases):
-        link.report("ready", phase)
-        engine.serve()
-        engine.drain()
-        rates.append(bare(engine, prompt, lengths))
-        engine.drain()
+    for pair in range(pairs):
+        for served in (True, False) if pair % 2 else (False, True):
+            if served:
+                link.report("ready", pair)
+                engine.serve()
+            else:
+                rates.append(bare(engine, prompt, lengths))
+            engine.drain()
     link.report("bare", 0, rates=rates)
     link.close()
     os._exit(0)             # SGLang leaves threads behind
