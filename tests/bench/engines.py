@@ -1,12 +1,14 @@
-"""Stand-ins for the engines of a node, in one process: `python tests/bench/engines.py ADDRESS ENGINES TOKENS RATE DELAY_S`.
+"""Stand-ins for the engines of a node, in one process: `python tests/bench/engines.py ADDRESS ENGINES TOKENS RATE DELAY_S SPREAD`.
 
-They speak the real messages over the real unix socket. Each request is answered with TOKENS tokens, no sooner than DELAY_S after it
-came, and RATE a second over all engines (0: as fast as it goes). An answer begins with the last two tokens of its prompt, and where
-its first two logprobs would be it has the times when its request came and when it went (monotonic, s).
+They speak the real messages over the real unix socket. Each request is answered with TOKENS tokens, RATE a second over all engines (0: as
+fast as it goes), and not before a time of its own, DELAY_S · (1 ± SPREAD), evenly drawn. An answer begins with the last two tokens of its
+prompt, and where its first two logprobs would be it has the times when its request came and when it went (monotonic, s).
 """
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import os
 import random
 import sys
@@ -23,31 +25,35 @@ STEP_S = 0.005
 VOCABULARY = 150_000
 
 
-def main(address: str, engines: int, tokens: int, rate: float, delay_s: float) -> None:
+def main(address: str, engines: int, tokens: int, rate: float, delay_s: float, spread: float) -> None:
     links = [HostLink(address, rank) for rank in range(engines)]
     draw, poller = random.Random(0), zmq.Poller()
     ids, log_probs = [draw.randrange(VOCABULARY) for _ in range(tokens)], [-draw.random() for _ in range(tokens)]
     for link in links:
         poller.register(link.socket, zmq.POLLIN)
         link.report("ready", 0)
+    later: list[tuple[float, int, float, HostLink, Generate]] = []        # a heap: due when, number, came when
     waiting: deque[tuple[float, HostLink, Generate]] = deque()
-    credit, stepped, parent = 0.0, time.monotonic(), os.getppid()
+    numbers, credit, stepped, parent = itertools.count(), 0.0, time.monotonic(), os.getppid()
     while os.getppid() == parent:       # else the bench was killed
-        poller.poll(1 if waiting else 100)
+        poller.poll(1 if waiting or later else 100)
         for link in links:
             while (message := link.receive_now()) is not None:
                 if isinstance(message, EndPhase):
                     return
                 assert isinstance(message, Generate), message
-                waiting.append((time.monotonic(), link, message))
+                came = time.monotonic()
+                heapq.heappush(later, (came + delay_s * draw.uniform(1 - spread, 1 + spread), next(numbers), came, link, message))
         now = time.monotonic()
+        while later and later[0][0] <= now:
+            waiting.append(heapq.heappop(later)[2:])
         if not delay_s and now - stepped < STEP_S:
             continue
         credit, stepped = min(credit + rate * (now - stepped), max(1.0, rate * 0.1)) if rate else float(len(waiting)), now
         if not delay_s:
             waiting.rotate(draw.randrange(len(waiting) + 1))        # in another order
         step: dict[HostLink, list[Output]] = {}
-        while waiting and credit >= 1 and waiting[0][0] + delay_s <= now:
+        while waiting and credit >= 1:
             came, link, request = waiting.popleft()
             credit -= 1
             ids[:2], log_probs[0] = request.input_ids[-2:], came
@@ -59,4 +65,4 @@ def main(address: str, engines: int, tokens: int, rate: float, delay_s: float) -
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), *map(int, sys.argv[3:4]), *map(float, sys.argv[4:6]))      # type: ignore[call-arg]
+    main(sys.argv[1], int(sys.argv[2]), *map(int, sys.argv[3:4]), *map(float, sys.argv[4:7]))      # type: ignore[call-arg]

@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,12 +103,12 @@ class Host:
 
 
 @contextlib.asynccontextmanager
-async def host(folder: Path, tokens: int, rate: float = 0.0, delay_s: float = 0.0, function: str = "") -> AsyncIterator[Host]:
-    """With stand-ins; see engines.py for `rate` and `delay_s`. `function` is a generate function of this file."""
+async def host(folder: Path, tokens: int, rate: float = 0.0, delay_s: float = 0.0, spread: float = 0.0, function: str = "") -> AsyncIterator[Host]:
+    """With stand-ins; see engines.py for `rate`, `delay_s` and `spread`. `function` is a generate function of this file."""
     if not (folder / "tokenizer.json").exists():
         make_tokenizer(folder)
     async with cluster(folder, ENGINES, **_function(function)) as (c, address):
-        engines = stand_ins(address, tokens, rate, delay_s)
+        engines = stand_ins(address, tokens, rate, delay_s, spread)
         try:
             await c.reports("ready", 0, c.grid.devices, 120)
             yield Host(c, tokens)
@@ -122,8 +122,8 @@ def _function(name: str) -> dict[str, str]:
     return {"custom_generate_function_path": f"{__file__}:{name}"} if name else {}
 
 
-def stand_ins(address: str, tokens: int, rate: float, delay_s: float) -> subprocess.Popen[bytes]:
-    command = [sys.executable, str(Path(__file__).with_name("engines.py")), address, *map(str, (ENGINES, tokens, rate, delay_s))]
+def stand_ins(address: str, tokens: int, rate: float = 0.0, delay_s: float = 0.0, spread: float = 0.0) -> subprocess.Popen[bytes]:
+    command = [sys.executable, str(Path(__file__).with_name("engines.py")), address, *map(str, (ENGINES, tokens, rate, delay_s, spread))]
     return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)})
 
 
@@ -210,19 +210,8 @@ def check(samples: list[Any], tokens: int) -> None:
 
 def echoed(tokens: int, requests: int) -> float:
     """Requests a second of a loop that does nothing but encode, send, receive and decode."""
-    import zmq
-
-    from rlmono.world.channel import PrivateFolder
-    from rlmono.world.messages import EndPhase, Generate, Outputs, Sampling, decode, encode
-    sockets, context = PrivateFolder("bench0"), zmq.Context()
-    router = context.socket(zmq.ROUTER)
-    router.setsockopt(zmq.SNDHWM, 0)
-    router.setsockopt(zmq.RCVHWM, 0)
-    router.bind(sockets.address)
-    engines = stand_ins(sockets.address, tokens, 0.0, 0.0)
-    try:
-        for _ in range(ENGINES):
-            router.recv_multipart()         # ready
+    from rlmono.world.messages import Generate, Outputs, Sampling, decode, encode
+    with bare_socket(tokens) as router:
         begun, done = time.perf_counter(), 0
         for i in range(requests):
             router.send_multipart([str(i % ENGINES).encode(), encode(Generate(f"{i:016x}", [7] * PROMPT, Sampling(tokens)))])
@@ -230,11 +219,29 @@ def echoed(tokens: int, requests: int) -> float:
             message = decode(router.recv_multipart()[1])
             assert isinstance(message, Outputs)
             done += len(message.items)
-        rate = requests / (time.perf_counter() - begun)
+        return requests / (time.perf_counter() - begun)
+
+
+@contextlib.contextmanager
+def bare_socket(tokens: int, *pace: float) -> Iterator[Any]:
+    """A host's socket by itself, with stand-ins that are ready."""
+    import zmq
+
+    from rlmono.world.channel import PrivateFolder
+    from rlmono.world.messages import EndPhase, encode
+    sockets, context = PrivateFolder("bench0"), zmq.Context()
+    router = context.socket(zmq.ROUTER)
+    router.setsockopt(zmq.SNDHWM, 0)
+    router.setsockopt(zmq.RCVHWM, 0)
+    router.bind(sockets.address)
+    engines = stand_ins(sockets.address, tokens, 0.0, *pace)
+    try:
+        for _ in range(ENGINES):
+            router.recv_multipart()         # ready
+        yield router
         for i in range(ENGINES):
             router.send_multipart([str(i).encode(), encode(EndPhase())])
         engines.wait(20)
-        return rate
     finally:
         engines.kill()
         context.destroy(0)
@@ -243,44 +250,108 @@ def echoed(tokens: int, requests: int) -> float:
 
 # ---------------------------------------------------------------- latency
 
+SECONDS, DELAY_S = 8.0, 0.1
+ENDINGS = (("each after a time of its own", 0.5), ("a group's all at once", 0.0))
+"""How the answers to a group come, and the engine's `spread`. Responses differ in length; they end together when the limit cuts them all."""
+
+
 def latency(tmp: Path) -> list[dict[str, Any]]:
-    """Prompts come one by one, at random moments, each with a group's requests; each of these is answered after a fixed time of its own."""
+    """Prompts come one by one, at random moments, each with a group's requests. What a request takes beyond its engine's time, in three parts:
+    from when it is made to when its engine has it; from when that has its answer to when the generate function has it; and from there to the
+    sample with its text and reward. Held against a loop that sends and receives the same messages at the same moments, and does nothing else."""
     out = []
     for tokens, load in LOADS.items():
-        for path, what in (("answered", "to its answer"), ("", "to its text and reward")):
-            added = asyncio.run(added_s(tmp, tokens, load / 2, path))
-            p50, p99 = statistics.median(added) * 1e3, statistics.quantiles(added, n=100)[98] * 1e3
-            out.append(figure(f"added to a request of {tokens} tokens {what}, p99", p99, "ms", "<= 5" if path == "answered" or tokens < 1000 else "",
-                              f"{load // 2} requests a second, in groups of {GROUP}",
-                              f"median {p50:.2f} ms, of {len(added)}"))
+        for how, spread in ENDINGS:
+            bare = paced(tokens, load / 2, spread)
+            floor = f"there {_tail(bare[0])}, back {_tail(bare[1])}, both {_tail(map(sum, zip(*bare, strict=True)))} ms"
+            parts = asyncio.run(added_s(tmp, tokens, load / 2, spread))
+            whole = [sum(p) for p in zip(*parts, strict=True)]
+            there, back, rewarded = map(_tail, parts)
+            out.append(figure(f"added to a request of {tokens} tokens, {how}, p99", _p99(whole), "ms", "<= 5",
+                              f"a bare loop in the same run, median and p99: {floor}",
+                              f"{load // 2} requests a second in groups of {GROUP}; median and p99: whole {_tail(whole)}, to the engine {there}, "
+                              f"the answer {back}, text and reward {rewarded} ms; {len(whole)} requests"))
     return out
 
 
-async def answered(args: Any, sample: Any, sampling: Any, state: Any) -> Any:
-    """A generate function that ends with the engine's answer: neither text nor reward."""
-    from rlmono.rollout.generate import append_tokens
-    append_tokens(sample, await state.generate(sample.tokens, sampling))
-    sample.reward, sample.response, sample.metadata = 0.0, "-", {"ended": time.monotonic()}
-    return sample
+def _p99(seconds: Iterable[float]) -> float:
+    return statistics.quantiles(seconds, n=100)[98] * 1e3
 
 
-async def added_s(folder: Path, tokens: int, rate: float, path: str) -> list[float]:
-    """What each request took beyond its engine's time: from when it was made to when its engine had it, and from when that had
-    written its answer to when its function had it, or its group was finished. Clocks are the machine's monotonic one."""
-    draw, seconds = random.Random(0), 8.0
-    async with host(folder, tokens, delay_s=0.1, function=path) as h:
-        async def one() -> list[float]:
-            begun = time.monotonic()
-            samples, ended = await h.cluster.run_group(h.group(), h.sampling, False), time.monotonic()
-            times = [(s.metadata.get("ended", ended), *s.rollout_log_probs[:2]) for s in samples]
-            return [came - begun + ended - went for ended, came, went in times]
-        begun, at, tasks = time.monotonic(), 0.0, []
-        while at < seconds:
-            at += draw.expovariate(rate / GROUP)
+def _tail(seconds: Iterable[float]) -> str:
+    seconds = list(seconds)
+    return f"{statistics.median(seconds) * 1e3:.1f} and {_p99(seconds):.1f}"
+
+
+def moments(rate: float) -> Iterator[float]:
+    """When prompts come, in seconds from the beginning."""
+    draw, at = random.Random(0), 0.0
+    while at < SECONDS:
+        at += draw.expovariate(rate / GROUP)
+        yield at
+
+
+async def added_s(folder: Path, tokens: int, rate: float, spread: float) -> tuple[list[float], list[float], list[float]]:
+    """The three parts of each request, in seconds; without those of the first second. Clocks are the machine's monotonic one."""
+    made, answers, ended = dict[int, float](), dict[int, tuple[float, float, float]](), dict[int, float]()
+    async with host(folder, tokens, delay_s=DELAY_S, spread=spread) as h:
+        node = h.cluster.host
+        for e in node.engines.values():
+            e.generate = _noting(e.generate, lambda output, ids, *_: answers.update({_number(ids): (*output.log_probs[:2], time.monotonic())}))
+        node.rewards.reward = _noting(node.rewards.reward, lambda _, samples, *__: ended.update({s.index: time.monotonic() for s in samples}))
+
+        async def one() -> None:
+            group, now = h.group(), time.monotonic()
+            made.update({s.index: now for s in group})
+            await h.cluster.run_group(group, h.sampling, False)
+        begun, tasks = time.monotonic(), []
+        for at in moments(rate):
             await asyncio.sleep(max(0.0, begun + at - time.monotonic()))
             tasks.append(asyncio.create_task(one()))
-        added = [s for group in await asyncio.gather(*tasks) for s in group]
-        return added[len(added) // 10:]       # after the first second
+        await asyncio.gather(*tasks)
+    times = [(made[i], *answers[i], ended[i]) for i in made if made[i] > begun + 1]
+    return [came - at for at, came, *_ in times], [had - went for _, _, went, had, _ in times], [end - had for *_, had, end in times]
+
+
+def _noting(function: Any, note: Callable[..., None]) -> Any:
+    """The coroutine function, with a look at its result and arguments."""
+    async def noting(*given: Any) -> Any:
+        result = await function(*given)
+        note(result, *given)
+        return result
+    return noting
+
+
+def _number(ids: Sequence[int]) -> int:
+    return ids[PROMPT - 2] * BASE + ids[PROMPT - 1]
+
+
+def paced(tokens: int, rate: float, spread: float) -> tuple[list[float], list[float]]:
+    """The first two parts, of a loop that does nothing but encode, send, receive and decode."""
+    from rlmono.world.messages import Generate, Outputs, Sampling, decode, encode
+    made, there, back = dict[int, float](), [], []
+    with bare_socket(tokens, DELAY_S, spread) as router:
+        def receive() -> None:
+            message, now = decode(router.recv_multipart()[1]), time.monotonic()
+            assert isinstance(message, Outputs)
+            for item in message.items:
+                at, (came, went) = made.pop(item.output_ids[0] * BASE + item.output_ids[1]), item.log_probs[:2]
+                if at > begun + 1:
+                    there.append(came - at)
+                    back.append(now - went)
+        begun, number = time.monotonic(), 0
+        for at in moments(rate):
+            while (left := begun + at - time.monotonic()) > 0:
+                if router.poll(left * 1e3):
+                    receive()
+            now, engine = time.monotonic(), str(number // GROUP % ENGINES).encode()
+            for i in range(number, number + GROUP):
+                made[i] = now
+                router.send_multipart([engine, encode(Generate(f"{i:016x}", [7] * (PROMPT - 2) + [i // BASE, i % BASE], Sampling(tokens)))])
+            number += GROUP
+        while made:
+            receive()
+    return there, back
 
 
 # ---------------------------------------------------------------- exact
