@@ -50,7 +50,10 @@ class Lane:
     def submit(self, item: Item) -> None:
         """Queues a task; `item.future` gets its outcome. May come before `start` has ended."""
         self._queue.append(item)
-        self._feed_soon()
+        if any(worker.idle for worker in self._workers):
+            self._feed()
+        else:
+            self._feed_soon()
 
     async def close(self, timeout_s: float) -> None:
         """Ends the workers; those that have not ended after `timeout_s` are killed."""
@@ -85,6 +88,8 @@ class Lane:
     def _feed(self) -> None:
         """Hands queued tasks to the workers, evenly, as far as they have room."""
         self._feeding = False
+        if not self._queue:
+            return
         shares: dict[RemoteWorker, list[Item]] = {worker: [] for worker in self._workers}
         rooms = {worker: worker.room for worker in self._workers}
         while self._queue:

@@ -141,7 +141,7 @@ class RemoteWorker:
             item.sent_at = now
             self.in_flight[item.id] = item
         if items:
-            self._inbox().write(b"".join(item.data for item in items))
+            self._inbox().write(items[0].data if len(items) == 1 else b"".join(item.data for item in items))
 
     def _take(self, frames: list[bytes]) -> None:
         if frames and not self._first.done():

@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import faulthandler
+import functools
+import gc
 import inspect
 import logging
 import math
@@ -18,7 +20,6 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, BinaryIO
 
@@ -45,11 +46,12 @@ def main() -> None:
     _limit(setup.memory_limit_bytes)
     args = SimpleNamespace(**setup.args)
     try:
-        functions = [load_function(path) for path in setup.paths]
+        asyncs = [_is_async(path) for path in setup.paths]
     except LoadError as error:
         _write(outbox, Ready(problem=str(error)))
         return
-    concurrent = any(map(_is_async, functions)) if setup.concurrent is None else setup.concurrent
+    concurrent = any(asyncs) if setup.concurrent is None else setup.concurrent
+    gc.freeze()         # what is imported is never gone through again
     _write(outbox, Ready(concurrent))
     if concurrent:
         asyncio.run(_serve_concurrently(inbox, outbox, args))
@@ -93,11 +95,10 @@ async def _answer(task: Task, outbox: BinaryIO, args: Any) -> None:
 
 def _score(task: Task, args: Any) -> Outcome:
     try:
-        function = load_function(task.path)
-        if _is_async(function):
+        if _is_async(task.path):
             return Outcome(task.id, remark=ELSEWHERE)
-        result = function(args, _argument(task))
-        if inspect.isawaitable(result):
+        result = load_function(task.path)(args, _argument(task))
+        if not isinstance(result, (float, int, dict)) and inspect.isawaitable(result):      # which is slow to tell
             result = asyncio.run(_wait(result))
         return _outcome(task, result)
     except BaseException as error:      # also SystemExit: a reward must not end its worker unseen
@@ -177,7 +178,10 @@ def _failure(id: int, error: BaseException) -> Outcome:
                    detail=("above --reward-memory-limit-gb: " if out_of_memory else "") + "".join(traceback.format_exception(error))[-10_000:])
 
 
-def _is_async(function: Callable[..., Any]) -> bool:
+@functools.cache
+def _is_async(path: str) -> bool:
+    """The function there is one of coroutines. It is slow to tell."""
+    function = load_function(path)
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
 
 

@@ -77,11 +77,17 @@ async def make_samples(function: Function, config: Config, sample: Sample, sampl
     if sample.prompt_length >= context_length(config):
         raise SampleFailed("prompt_too_long", f"the prompt has {sample.prompt_length} tokens, and the context ends at {context_length(config)}; "
                            "drop such prompts with --rollout-max-prompt-len")
-    ours = function is generate         # one request, which has the same deadline at the engine
-    deadline = asyncio.timeout(None if ours else config.generate_timeout_s)
+    if function is generate:            # one request, which has the same deadline at the engine
+        try:
+            return [await generate(config, sample, sampling, state)]
+        except EngineFault as e:
+            raise SampleFailed(e.outcome, str(e)) from e
+        except Exception as e:
+            raise SampleFailed("generate_error", f"{type(e).__name__}: {e}") from e
+    deadline = asyncio.timeout(config.generate_timeout_s)
     try:
         async with deadline:
-            made = await function(config, sample, sampling if ours else as_dict(sampling), state)
+            made = await function(config, sample, as_dict(sampling), state)
     except TimeoutError as e:
         if not deadline.expired():
             raise SampleFailed("generate_error", f"TimeoutError: {e}") from e
@@ -91,8 +97,6 @@ async def make_samples(function: Function, config: Config, sample: Sample, sampl
         raise SampleFailed(e.outcome, str(e)) from e
     except (Exception, SystemExit) as e:
         raise SampleFailed("generate_error", f"{type(e).__name__}: {e}") from e
-    if ours:
-        return [made]
     try:
         return checked(config, sample, made)
     except (TypeError, AttributeError, OverflowError) as e:     # fields of other types

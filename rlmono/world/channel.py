@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 _ZAP_DOMAIN = "rlmono"
 _NOW, _NOW_AND_MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)       # pyzmq's enums are slow
 _EVENTS, _READABLE = int(zmq.EVENTS), int(zmq.POLLIN)
+_send, _receive, _get = zmq.backend.Socket.send, zmq.backend.Socket.recv, zmq.backend.Socket.get        # without what pyzmq puts around them
 _AT_ONCE = 64
 """Messages in a turn of the loop."""
 HEARTBEAT_S = 2.0
@@ -142,10 +143,10 @@ class DeviceSocket:
 
     def send(self, rank: int, payload: bytes) -> None:
         """At once: ZMQ's queues are unbounded, and drop what is for a peer that is not there."""
-        self._socket.send(b"%d" % rank, _NOW_AND_MORE)
-        self._socket.send(payload, _NOW)
+        _send(self._socket, b"%d" % rank, _NOW_AND_MORE)
+        _send(self._socket, payload, _NOW)
         # ZMQ's file descriptor tells of what has come only once, and a send may take it.
-        if self._take is not None and self._socket.getsockopt(_EVENTS) & _READABLE:      # type: ignore[operator]
+        if self._take is not None and _get(self._socket, _EVENTS) & _READABLE:
             self._read_soon()
 
     async def serve(self, take: Callable[[int, bytes], None]) -> None:
@@ -171,11 +172,11 @@ class DeviceSocket:
             for _ in range(_AT_ONCE):
                 if self._take is None:
                     return
-                identity, payload = self._socket.recv_multipart(_NOW)
+                if not _get(self._socket, _EVENTS) & _READABLE:
+                    return
+                identity, payload = _receive(self._socket, _NOW), _receive(self._socket, _NOW)      # a message's parts come together
                 self._take(int(identity.partition(b"/")[0]), payload)
             self._read_soon()           # others come first
-        except zmq.Again:
-            return
         except Exception as e:
             self._take = None
             if not self._failed.done():

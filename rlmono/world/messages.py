@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+from array import array
 from typing import Any, Optional, Union
 
 import msgspec
@@ -167,14 +169,50 @@ class Heartbeat(msgspec.Struct, tag=True):
 
 Message = Union[Generate, Abort, EndPhase, Outputs, TrainBatch, Report, Failed, RunGroup, GroupDone, AbortGroups, Relay, Goodbye, Heartbeat]
 
+
+class _Packed(msgspec.Struct, array_like=True):
+    """An Output as it travels: 8k numbers as bytes take the host a third of the time. Both ends are on one machine."""
+
+    rid: str
+    output_ids: bytes
+    log_probs: bytes
+    finish: str
+    weight_version: int
+    cached_tokens: int
+    error: str
+
+    @classmethod
+    def of(cls, o: Output) -> _Packed:
+        ids, log_probs = struct.pack(f"{len(o.output_ids)}i", *o.output_ids), struct.pack(f"{len(o.log_probs)}d", *o.log_probs)
+        return cls(o.rid, ids, log_probs, o.finish, o.weight_version, o.cached_tokens, o.error)
+
+    def unpack(self) -> Output:
+        return Output(self.rid, _numbers("i", self.output_ids), _numbers("d", self.log_probs), self.finish, self.weight_version,
+                      self.cached_tokens, self.error)
+
+
+class _PackedOutputs(msgspec.Struct, tag="Outputs"):
+    items: list[_Packed]
+
+
+def _numbers(kind: str, data: bytes) -> list[Any]:
+    numbers = array(kind)
+    if len(data) % numbers.itemsize:
+        raise msgspec.ValidationError(f"{len(data)} bytes are no numbers of {numbers.itemsize}")
+    numbers.frombytes(data)
+    return numbers.tolist()
+
+
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(Message)
+_decoder = msgspec.msgpack.Decoder(Union[_PackedOutputs, Generate, Abort, EndPhase, TrainBatch, Report, Failed, RunGroup, GroupDone, AbortGroups,
+                                         Relay, Goodbye, Heartbeat])
 
 
 def encode(message: Message) -> bytes:
-    return _encoder.encode(message)
+    return _encoder.encode(_PackedOutputs([_Packed.of(o) for o in message.items]) if isinstance(message, Outputs) else message)
 
 
 def decode(payload: bytes) -> Message:
     """Raises msgspec.DecodeError for anything that is not one of ours."""
-    return _decoder.decode(payload)
+    message = _decoder.decode(payload)
+    return Outputs([p.unpack() for p in message.items]) if isinstance(message, _PackedOutputs) else message

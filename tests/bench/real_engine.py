@@ -31,8 +31,9 @@ def main(address: str, model: Path, concurrency: int, pairs: int, prompt: int, l
     link = HostLink(address, 0)
     engine = Engine(tiny.make_config(model, sglang_server_concurrency=concurrency), [[0]], 0, "cpu", "float32", link)
     engine.load_weights(load_file(model / "model.safetensors").items())
-    rates = []
+    rates, stolen = [], []
     for pair in range(pairs):
+        begun, taken = time.monotonic(), stolen_s()
         for served in (True, False) if pair % 2 else (False, True):
             if served:
                 link.report("ready", pair)
@@ -40,9 +41,15 @@ def main(address: str, model: Path, concurrency: int, pairs: int, prompt: int, l
             else:
                 rates.append(bare(engine, prompt, lengths))
             engine.drain()
-    link.report("bare", 0, rates=rates)
+        stolen.append((stolen_s() - taken) / (time.monotonic() - begun))
+    link.report("bare", 0, rates=rates, stolen=stolen)
     link.close()
     os._exit(0)             # SGLang leaves threads behind
+
+
+def stolen_s() -> float:
+    """Processor seconds that the hypervisor has given to others while this machine wanted them."""
+    return int(Path("/proc/stat").read_text().split()[8]) / os.sysconf("SC_CLK_TCK")
 
 
 def bare(engine: Any, prompt: int, lengths: list[int]) -> float:
