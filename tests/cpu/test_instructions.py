@@ -10,12 +10,21 @@ import pytest
 
 from rlmono.data.sample import Sample
 from rlmono.rewards import ifbench
-from rlmono.rewards.ifbench.held_out import HELD_OUT
+from rlmono.rewards.ifbench.held_out import HELD_OUT, PACKAGES
 from rlmono.rewards.ifbench.ifeval import IFEVAL
 from rlmono.rewards.ifbench.language import language_of
 from rlmono.rewards.ifbench.text import holds, sentences
 
 THREE = "One two three."
+AFRICA = "\n".join(f"- {name}" for name in sorted("""
+    Algeria, Angola, Benin, Botswana, Burkina Faso, Burundi, Cabo Verde, Cameroon, Central African Republic, Chad, Comoros, Côte d'Ivoire,
+    Democratic Republic of the Congo, Djibouti, Egypt, Equatorial Guinea, Eritrea, Eswatini, Ethiopia, Gabon, Gambia, Ghana, Guinea, Guinea-Bissau,
+    Kenya, Lesotho, Liberia, Libya, Madagascar, Malawi, Mali, Mauritania, Mauritius, Morocco, Mozambique, Namibia, Niger, Nigeria,
+    Republic of the Congo, Rwanda, São Tomé and Príncipe, Senegal, Seychelles, Sierra Leone, Somalia, South Africa, South Sudan, Sudan, Tanzania,
+    Togo, Tunisia, Uganda, Zambia, Zimbabwe""".replace("\n   ", "").strip().split(", "),
+    key=lambda name: name.replace("ã", "a").replace("ô", "o"), reverse=True)) + "\n"
+CAPITALS = ("Reykjavík, Helsinki, Oslo, Tallinn, Stockholm, Riga, Moscow, Copenhagen, Vilnius, Minsk, Dublin, Berlin, Amsterdam, Warsaw, London, "
+            "Brussels, Prague, Luxembourg, Paris, Vienna, Bratislava, Budapest, Vaduz, Chișinău, Bern, Ljubljana, Zagreb")
 CASES: list[tuple[str, dict[str, Any], str, str]] = [
     ("keywords:existence", {"keywords": ["Berlin", "spree"]}, "In berlin flows the Spree.", "In Berlin flows a river."),
     ("keywords:frequency", {"keyword": "cat", "frequency": 2, "relation": "at least"}, "Cat and cats", "one cat"),
@@ -106,6 +115,9 @@ CASES: list[tuple[str, dict[str, Any], str, str]] = [
      "ProductID,Category,Brand,Price,Stock\n" + "1,a,c,2,3\n" * 14),
     ("custom:csv_quotes", {}, '"StudentID"\t"Subject"\t"Grade"\t"Semester"\t"Score"\n' + '"1"\t"a"\t"b"\t"c"\t"2"\n' * 3,
      "StudentID\tSubject\tGrade\tSemester\tScore\n" + "1\ta\tb\tc\t2\n" * 3),
+    ("custom:reverse_newline", {}, AFRICA, AFRICA.replace("- Togo\n", "")),
+    ("custom:european_capitals_sort", {}, CAPITALS, CAPITALS.replace("Riga, Moscow", "Moscow, Riga")),
+    ("words:odd_even_syllables", {}, "The water is never cold.", "The cold water."),
     ("custom:date_format_list", {}, "1796-05-10, 1815-06-18", "1796-05-10, 1815-06-31"),
 ]
 
@@ -119,7 +131,7 @@ def test_followed_or_not(id: str, kwargs: dict[str, Any], follows: str, does_not
 
 def test_every_instruction_has_a_case() -> None:
     assert {case[0] for case in CASES} == set(ifbench.INSTRUCTIONS)
-    assert len(IFEVAL) == 25 and len(HELD_OUT) == 54 and not set(IFEVAL) & set(HELD_OUT)
+    assert len(IFEVAL) == 25 and len(HELD_OUT) == 57 and not set(IFEVAL) & set(HELD_OUT)
 
 
 def test_all_of_them_must_be_followed_after_the_thinking() -> None:
@@ -141,6 +153,12 @@ def test_all_of_them_must_be_followed_after_the_thinking() -> None:
 def test_metadata_that_cannot_be_checked_is_refused(metadata: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match=re.escape(text)):
         ifbench.check(None, metadata)
+
+
+def test_a_package_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PACKAGES, "words:odd_even_syllables", "no_such_package")
+    with pytest.raises(ValueError, match=re.escape("words:odd_even_syllables needs the package no_such_package: pip install 'rlmono[ifbench]'")):
+        ifbench.check(None, {"instruction_id_list": ["words:odd_even_syllables"]})
 
 
 def test_a_wrong_argument_says_so() -> None:

@@ -9,6 +9,7 @@ before the last `</think>` is left out.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import inspect
 import json
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from typing import Any
 
 from rlmono.data.sample import Sample
 from rlmono.rewards.answers import after_thinking
-from rlmono.rewards.ifbench.held_out import HELD_OUT
+from rlmono.rewards.ifbench.held_out import HELD_OUT, PACKAGES
 from rlmono.rewards.ifbench.ifeval import IFEVAL
 from rlmono.rewards.ifbench.text import Check
 
@@ -52,6 +53,8 @@ def instructions_of(metadata: Mapping[str, Any]) -> list[Check]:
 def _instruction(id: Any, given: Mapping[str, Any]) -> Check:
     if id not in INSTRUCTIONS:
         raise ValueError(f"ifbench: the instruction {id!r} is unknown; there are {', '.join(sorted(INSTRUCTIONS))}")
+    if id in PACKAGES and importlib.util.find_spec(PACKAGES[id]) is None:
+        raise ValueError(f"ifbench: {id} needs the package {PACKAGES[id]}: pip install 'rlmono[ifbench]'")
     parameters = list(inspect.signature(INSTRUCTIONS[id]).parameters.values())[1:]
     missing = [p.name for p in parameters if p.default is p.empty and given.get(p.name) is None]
     if missing:

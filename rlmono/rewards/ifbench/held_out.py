@@ -1,7 +1,7 @@
 """IFBench's held-out instructions (arXiv:2507.02833, appendix), by their ids and with their data's argument names.
 
-Four of its 58 are not here, because nothing this small can check them: `words:start_verb` and `words:odd_even_syllables` need a dictionary,
-`custom:reverse_newline` and `custom:european_capitals_sort` a gazetteer.
+One of its 58 is not here: `words:start_verb` needs a tagger or a dictionary of verbs. `words:odd_even_syllables` needs the package syllapy, as the
+benchmark does.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import string
 from collections import Counter
 from itertools import pairwise
 
+from rlmono.rewards.ifbench.places import european_capitals_sort, reverse_newline
 from rlmono.rewards.ifbench.text import Check, lines, plain_words, sentences, words
 
 _NAMES = frozenset("""
@@ -197,6 +198,13 @@ def sentence_words(response: str) -> bool:
     """Three sentences of one length in characters, with no word twice."""
     found = sentences(response)
     return len(found) == 3 and len({len(sentence) for sentence in found}) == 1 and repeats(response, 1)
+
+
+def odd_even_syllables(response: str) -> bool:
+    """Words with odd and even numbers of syllables alternate."""
+    import syllapy
+    odd = [syllapy.count(word) % 2 for word in plain_words(response)]
+    return all(a != b for a, b in pairwise(odd))
 
 
 def last_first(response: str) -> bool:
@@ -418,6 +426,7 @@ HELD_OUT: dict[str, Check] = {
     "words:alphabet": alphabet, "words:vowel": vowel, "words:consonants": consonants, "words:palindrome": palindrome,
     "words:prime_lengths": prime_lengths, "words:repeats": repeats, "words:no_consecutive": no_consecutive,
     "words:words_position": words_position, "words:keywords_specific_position": keywords_specific_position,
+    "words:odd_even_syllables": odd_even_syllables,
     "words:last_first": last_first, "words:paragraph_last_first": paragraph_last_first, "sentence:keyword": sentence_keyword,
     "sentence:alliteration_increment": alliteration_increment, "sentence:increment": increment, "ratio:sentence_words": sentence_words,
     "format:parentheses": parentheses, "format:quotes": quotes, "format:options": one_of_options, "format:newline": newline,
@@ -427,5 +436,8 @@ HELD_OUT: dict[str, Check] = {
     "repeat:repeat_change": repeat_change, "repeat:repeat_simple": repeat_simple, "repeat:repeat_span": repeat_span,
     "custom:multiples": multiples, "custom:mcq_count_length": mcq_count_length, "custom:word_reverse": word_reverse,
     "custom:character_reverse": character_reverse, "custom:sentence_alphabet": sentence_alphabet, "custom:csv_city": csv_city,
+    "custom:reverse_newline": reverse_newline, "custom:european_capitals_sort": european_capitals_sort,
     "custom:csv_special_character": csv_special_character, "custom:csv_quotes": csv_quotes, "custom:date_format_list": date_format_list,
 }
+PACKAGES = {"words:odd_even_syllables": "syllapy"}
+"""What an instruction needs that is not installed with rlmono."""
