@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from array import array
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -36,10 +37,12 @@ class ByteTable:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
         """What the tokenizer makes of them. IndexError for an id that it does not have."""
         if len(ids) < _FEW:
-            if min(ids, default=0) < 0:
+            if not ids:
+                return ""
+            if min(ids) < 0:
                 raise IndexError(f"token {min(ids)}")
             table = self._plain_pieces if skip_special_tokens else self._pieces
-            return "".join(map(table.__getitem__, ids)).encode("latin-1").decode("utf-8", "replace")
+            return "".join(itemgetter(*ids)(table)).encode("latin-1").decode("utf-8", "replace")
         wanted = np.array(array("i", ids))
         if wanted.min() < 0:
             raise IndexError(f"token {wanted.min()}")

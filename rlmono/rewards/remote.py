@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import msgspec
 
@@ -208,9 +208,7 @@ class RemoteWorker:
 
     def _inbox(self) -> asyncio.WriteTransport:
         assert self._transport is not None
-        pipe = self._transport.get_pipe_transport(0)
-        assert isinstance(pipe, asyncio.WriteTransport)
-        return pipe
+        return cast(asyncio.WriteTransport, self._transport.get_pipe_transport(0))
 
     def _kill(self) -> None:
         """The whole process group: a reward's children too."""

@@ -29,6 +29,7 @@ def main(address: str, engines: int, tokens: int, rate: float, delay_s: float, s
     links = [HostLink(address, rank) for rank in range(engines)]
     draw, poller = random.Random(0), zmq.Poller()
     ids, log_probs = [draw.randrange(VOCABULARY) for _ in range(tokens)], [-draw.random() for _ in range(tokens)]
+    by_socket = {link.socket: link for link in links}
     for link in links:
         poller.register(link.socket, zmq.POLLIN)
         link.report("ready", 0)
@@ -36,8 +37,8 @@ def main(address: str, engines: int, tokens: int, rate: float, delay_s: float, s
     waiting: deque[tuple[float, HostLink, Generate]] = deque()
     numbers, credit, stepped, parent = itertools.count(), 0.0, time.monotonic(), os.getppid()
     while os.getppid() == parent:       # else the bench was killed
-        poller.poll(1 if waiting or later else 100)
-        for link in links:
+        for socket, _ in poller.poll(1 if waiting or later else 100):
+            link = by_socket[socket]
             while (message := link.receive_now()) is not None:
                 if isinstance(message, EndPhase):
                     return
