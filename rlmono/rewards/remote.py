@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import msgspec
 
@@ -111,7 +111,8 @@ class RemoteWorker:
             lambda: _Messages(self._take), sys.executable, "-m", "rlmono.rewards.worker", stderr=None, env=environment, start_new_session=True)
         _widen(self._inbox())
         self._inbox().write(frame(msgspec.structs.replace(self._setup, parent=os.getpid())))
-        await asyncio.wait([self._first, self._messages.ended], timeout=START_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
+        news: list[asyncio.Future[Any]] = [self._first, self._messages.ended]
+        await asyncio.wait(news, timeout=START_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
         ready = msgspec.msgpack.decode(self._first.result(), type=Ready) if self._first.done() else None
         if ready is None or ready.problem is not None:
             died = self._messages.ended.done()

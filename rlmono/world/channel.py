@@ -146,7 +146,7 @@ class DeviceSocket:
         _send(self._socket, b"%d" % rank, _NOW_AND_MORE)
         _send(self._socket, payload, _NOW)
         # ZMQ's file descriptor tells of what has come only once, and a send may take it.
-        if self._take is not None and _get(self._socket, _EVENTS) & _READABLE:
+        if self._take is not None and _get(self._socket, _EVENTS) & _READABLE:       # type: ignore[operator]
             self._read_soon()
 
     async def serve(self, take: Callable[[int, bytes], None]) -> None:
@@ -172,7 +172,7 @@ class DeviceSocket:
             for _ in range(_AT_ONCE):
                 if self._take is None:
                     return
-                if not _get(self._socket, _EVENTS) & _READABLE:
+                if not _get(self._socket, _EVENTS) & _READABLE:        # type: ignore[operator]
                     return
                 identity, payload = _receive(self._socket, _NOW), _receive(self._socket, _NOW)      # a message's parts come together
                 self._take(int(identity.partition(b"/")[0]), payload)
