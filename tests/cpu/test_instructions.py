@@ -124,6 +124,8 @@ CASES: list[tuple[str, dict[str, Any], str, str]] = [
 
 @pytest.mark.parametrize("id, kwargs, follows, does_not", CASES, ids=[f"{i}-{case[0]}" for i, case in enumerate(CASES)])
 def test_followed_or_not(id: str, kwargs: dict[str, Any], follows: str, does_not: str) -> None:
+    if id in PACKAGES:
+        pytest.importorskip(PACKAGES[id], reason=f"pip install 'rlmono[ifbench]' for {id}")
     metadata = {"instruction_id_list": [id], "kwargs": [{**kwargs, "of_another": None}]}
     assert ifbench.reward(None, Sample(response=follows, metadata=metadata)) == 1.0
     assert ifbench.reward(None, Sample(response=does_not, metadata=metadata)) == 0.0
