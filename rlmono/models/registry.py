@@ -16,6 +16,11 @@ FAMILIES = {
     "DeepseekV3ForCausalLM": "rlmono.models.deepseek_v3",
 }
 
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+         "num_experts", "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim",
+         "qk_rope_head_dim", "v_head_dim")
+"""Of config.json: whole numbers above 0, where they are given."""
+
 
 def family(architecture: str) -> ModuleType:
     """The family's module; raises ValueError that lists the known ones."""
@@ -28,11 +33,15 @@ def family(architecture: str) -> ModuleType:
 def shape_from_hf(hf: Mapping[str, Any]) -> dict[str, Any]:
     """The shape of the model that an HF config.json describes, by Megatron's names, with its `architecture`.
 
-    Raises ValueError for an unknown architecture or a config that lacks a value.
+    Raises ValueError for an unknown architecture, a config that lacks a value, and a size that is none.
     """
     names = hf.get("architectures") or []
     if len(names) != 1:
         raise ValueError(f"config.json: `architectures` must name one architecture, but is {names!r}")
+    for name in SIZES:
+        value = hf.get(name)
+        if value is not None and (type(value) is not int or value < 1):
+            raise ValueError(f"config.json: {name!r} must be a whole number above 0, but is {value!r}")
     try:
         return {"architecture": names[0], **family(names[0]).shape_from_hf(hf)}
     except KeyError as e:

@@ -110,6 +110,8 @@ def test_architectures_are_those_of_the_families() -> None:
     ("deepseek-r1", {"topk_group": 2}, "num_experts_per_tok 8 over topk_group 2 is not supported"),
     ("kimi-k2", {"norm_topk_prob": False}, "norm_topk_prob false is not supported"),
     ("qwen3-30B-A3B", {"num_experts_per_tok": None}, "'num_experts_per_tok' is missing"),
+    ("qwen3-4B", {"hidden_size": "2560"}, "'hidden_size' must be a whole number above 0, but is '2560'"),
+    ("qwen3-4B", {"num_key_value_heads": 0}, "'num_key_value_heads' must be a whole number above 0, but is 0"),
 ])
 def test_what_a_family_does_not_compute_is_refused(name: str, change: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
