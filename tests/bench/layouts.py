@@ -2,8 +2,8 @@
 docs/benchmarks.md.
 
 `differences` compares every layout with one rank, in every way (10 minutes); `speed` trains a few steps on each against the clock
-(5 minutes), and the machine should do nothing else. By default both, all families, on 2 and on 4 ranks; other figures are kept. The models are tiny:
-tokens a second say what a layout costs in calls and messages here, not what it does on GPUs.
+(5 minutes), and the machine should do nothing else; `loss` is the peak memory of the loss, by cpu.py. By default all three, all families, on 2 and
+on 4 ranks; other figures are kept. The models are tiny: tokens a second say what a layout costs in calls and messages here, not what it does on GPUs.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ CASES = {"qwen3": "case_dense", "qwen3_tied": "case_dense_tied", "qwen3_five": "
 """Of worlds/layouts.py, by family."""
 PARTS = {"differences": "all", "speed": "speed"}
 """And the argument of worlds/layouts.py."""
+LOSS = "loss"
 TARGETS = {"loss": "<= 1e-6", "log_probs": "<= 1e-5", "gradients": "<= 1e-5", "updates": "<= 1e-5"}
 TITLES = {"loss": "Loss: relative difference", "log_probs": "Logprobs: largest difference", "gradients": "Gradients: ‖Δ‖ / ‖g‖ of the worst tensor",
           "updates": "An optimizer step: ‖Δ‖ / ‖step‖ of the worst tensor", "tokens_per_s": "Tokens a second and rank, trained"}
@@ -36,13 +37,16 @@ def main() -> int:
     import figures
     from torchrun import WORLDS, run_world
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("parts", nargs="*", default=[*PARTS], help=f"{', '.join(PARTS)}; the other's figures are kept")
+    parser.add_argument("parts", nargs="*", default=[*PARTS, LOSS], help=f"{', '.join([*PARTS, LOSS])}; the others' figures are kept")
     parser.add_argument("--ranks", nargs="*", type=int, choices=(2, 4), default=(2, 4))
     parser.add_argument("--families", nargs="*", choices=CASES, default=CASES)
     given = parser.parse_args()
-    if unknown := set(given.parts) - PARTS.keys():
-        parser.error(f"no part is called {', '.join(sorted(unknown))}: {', '.join(PARTS)}")
-    parts, sizes = given.parts, [1, *given.ranks]
+    if unknown := set(given.parts) - {*PARTS, LOSS}:
+        parser.error(f"no part is called {', '.join(sorted(unknown))}: {', '.join([*PARTS, LOSS])}")
+    status = subprocess.call([sys.executable, str(ROOT / "tests" / "bench" / "cpu.py"), LOSS]) if LOSS in given.parts else 0
+    parts, sizes = [p for p in given.parts if p != LOSS], [1, *given.ranks]
+    if not parts:
+        return status
     cases = [CASES[family] for family in given.families]
     os.environ["CASES"] = ",".join(cases)
     found: list[dict[str, Any]] = []
@@ -60,7 +64,7 @@ def main() -> int:
     for title in {f["table"] for f in found if f["target"]}:
         worst = max((f for f in found if f["table"] == title), key=lambda f: f["value"])
         print(f"{worst['name']}: {worst['value']:.1e}  {worst['target']}")
-    return 0 if all(map(figures.met, found)) else 1
+    return status or int(not all(map(figures.met, found)))
 
 
 def figures_of(part: str, values: dict[str, dict[str, Any]], ranks: int, machine: str) -> list[dict[str, Any]]:
