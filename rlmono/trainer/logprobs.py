@@ -98,6 +98,6 @@ def _gradient_with_entropy(logits: torch.Tensor, top: torch.Tensor, log_total: t
                            grad: torch.Tensor, grad_target: torch.Tensor, entropy: torch.Tensor, grad_entropy: torch.Tensor) -> torch.Tensor:
     """As `_gradient`, and Σ grad_entropy · entropy, whose gradient is -p · (log p + entropy)."""
     log_p = logits.float() / temperature - top[:, None] - log_total[:, None]
-    hit = torch.arange(logits.shape[1], device=logits.device) == local[:, None]
-    g = torch.where(hit, grad_target[:, None], 0.0) - log_p.exp() * (grad[:, None] + (log_p + entropy[:, None]) * grad_entropy[:, None])
-    return (g / temperature).to(logits.dtype)
+    g = -log_p.exp() * (grad[:, None] + (log_p + entropy[:, None]) * grad_entropy[:, None])
+    hit = torch.arange(logits.shape[1], device=logits.device) == local[:, None]        # not before: it is not there at the peak of memory
+    return ((torch.where(hit, grad_target[:, None], 0.0) + g) / temperature).to(logits.dtype)
