@@ -15,6 +15,8 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor, ShardedTensorFactory, is_main_replica
 
+from rlmono.trainer.optimizer import this_device
+
 KEYS = ("param", "exp_avg", "exp_avg_sq")
 Sharded = dict[int, dict[str, ShardedBase]]
 """By the place of a parameter in its optimizer, and by KEYS."""
@@ -101,7 +103,7 @@ def _by_parameter(models: Mapping[str, Any]) -> dict[int, Any]:
 
 def _saved_here(single: Any, every: list[Share], about: Mapping[int, Any]) -> set[int]:
     """Places of the parameters that these data-parallel ranks save; others may have the same, over tensor-parallel ranks or pipeline stages."""
-    flags = torch.tensor([is_main_replica(about[id(s.parameter)].replica_id) for s in every], dtype=torch.int32, device=_device())
+    flags = torch.tensor([is_main_replica(about[id(s.parameter)].replica_id) for s in every], dtype=torch.int32, device=this_device())
     dist.all_reduce(flags, dist.ReduceOp.MAX, group=single.data_parallel_group)
     return set(flags.nonzero().flatten().tolist())
 
@@ -117,7 +119,7 @@ def _sharded(tensors: Mapping[str, torch.Tensor], about: Any, main: bool) -> dic
 
 def _joined(single: Any, split: list[Share]) -> dict[int, dict[str, torch.Tensor]]:
     """Of parameters that several ranks have pieces of, by id: those that this rank saves, flat, in host memory. Collective."""
-    group, me, device = single.data_parallel_group, single.data_parallel_group.rank(), _device()
+    group, me, device = single.data_parallel_group, single.data_parallel_group.rank(), this_device()
     whole: dict[int, dict[str, torch.Tensor]] = {id(s.parameter): {} for s in split if s.saver == me}
     if not split:
         return whole
@@ -141,8 +143,3 @@ def _joined(single: Any, split: list[Share]) -> dict[int, dict[str, torch.Tensor
 
 def _put(whole: torch.Tensor, place: tuple[int, int], piece: torch.Tensor) -> None:
     whole[place[0]:place[1]] = piece
-
-
-def _device() -> torch.device:
-    """Where collectives want their tensors."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

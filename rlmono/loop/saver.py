@@ -20,8 +20,8 @@ from rlmono.checkpoint import rng
 from rlmono.checkpoint.store import CheckpointStore, fail
 from rlmono.config.hf import changed_values
 from rlmono.loop.world import RunPlan, World
-from rlmono.memory.host import available_bytes
-from rlmono.memory.plan import GIB, refuse_host_memory
+from rlmono.memory.host import node_bytes
+from rlmono.memory.plan import refuse_host_memory
 from rlmono.world.channel import HostLink
 from rlmono.world.messages import Failed
 
@@ -46,11 +46,10 @@ class Saver:
 
     def _refuse_host_memory(self) -> None:
         """The copies of a checkpoint are as large as weights and optimizer, and stay for the whole run."""
-        config, size = self.world.config, self.world.launch.local_world_size
-        tensors = self.trainer.tagged()
+        size, tensors = self.world.launch.local_world_size, self.trainer.tagged()
         needed = sum(t.nbytes for tag in ("params", "optimizer") for t in tensors[tag])
         ranks = sum(rank // size == self.world.rank // size for rank in self.world.grid.trainers)
-        available = available_bytes() if config.host_memory_gib is None else int(config.host_memory_gib * GIB)
+        available = node_bytes(self.world.config.host_memory_gib)
         refuse_host_memory(needed, available, ranks, "--async-save", "copies of a checkpoint", "save at once (without --async-save)")
 
     def is_due(self, rollout_id: int) -> bool:

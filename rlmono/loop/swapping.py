@@ -13,7 +13,7 @@ import torch
 from rlmono.config.schema import Config
 from rlmono.loop.world import RunPlan, World
 from rlmono.memory import plan as swap_plan
-from rlmono.memory.host import HostMemory, available_bytes
+from rlmono.memory.host import HostMemory, node_bytes
 from rlmono.memory.saver import open_saver
 from rlmono.memory.swap import Memory
 from rlmono.weights.hf import WeightsError, headers, index_of
@@ -71,8 +71,7 @@ def settle(memory: ColocatedMemory, world: World, trainer: Any) -> None:
 def _host_memory(needed: int, world: World, slack: int) -> Optional[HostMemory]:
     if not needed:
         return None
-    given = world.config.host_memory_gib
-    available = int(given * 2**30) if given is not None else available_bytes()
+    available = node_bytes(world.config.host_memory_gib)
     swap_plan.refuse_host_memory(needed + slack, available, world.launch.local_world_size - 1, f"--offload-train {world.config.offload_train}")
     return HostMemory(needed + slack, pin=world.device == "cuda")
 

@@ -137,6 +137,11 @@ def available_bytes(root: Path = Path("/")) -> int:
     return min(found) if found else 0
 
 
+def node_bytes(given_gib: Optional[float]) -> int:
+    """Host memory that ranks of this node may take: what --host-memory-gib gives, or else what is available."""
+    return available_bytes() if given_gib is None else int(given_gib * 2**30)
+
+
 def _meminfo(root: Path) -> Mapping[str, int]:
     """Bytes by name."""
     try:

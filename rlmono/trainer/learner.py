@@ -28,7 +28,7 @@ class Learner:
 
     def __init__(self, config: Config, dtype: torch.dtype, total_steps: int, tf_config: TransformerConfig, chunks: list[Any]):
         self.config, self.dtype, self.tf_config = config, dtype, tf_config
-        self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        self.device = optimizer.this_device()
         self.chunks = [c.to(self.device) for c in chunks]
         self.ddp = model.wrap(config, tf_config, self.chunks)
         self.optimizer = optimizer.build_optimizer(config, dtype, self.ddp)

@@ -81,6 +81,11 @@ def build_schedule(config: Config, optimizer: Any, total_steps: int) -> Optimize
         wsd_decay_steps=min(config.lr_wsd_decay_iters or 0, decay - int(warmup)), lr_wsd_decay_style=config.lr_wsd_decay_style)
 
 
+def this_device() -> torch.device:
+    """Where this rank computes, and its collectives want their tensors."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
 # ---------------------------------------------------------------- norms
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +110,7 @@ class Norms:
 
         A gradient that is not finite anywhere, in a copy too, makes the norm not finite everywhere.
         """
-        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        device = this_device()
         squares = torch.zeros(3, len(GROUPS), dtype=torch.float64, device=device)
         if self._members:
             at = torch.tensor([m.group for m in self._members], device=device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from array import array
-from typing import Any, Optional, Union
+from typing import Any, Optional, Union, get_args
 
 import msgspec
 
@@ -204,8 +204,7 @@ def _numbers(kind: str, data: bytes) -> list[Any]:
 
 
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(Union[_PackedOutputs, Generate, Abort, EndPhase, TrainBatch, Report, Failed, RunGroup, GroupDone, AbortGroups,
-                                         Relay, Goodbye, Heartbeat])
+_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Union[tuple(_PackedOutputs if t is Outputs else t for t in get_args(Message))])
 
 
 def encode(message: Message) -> bytes:
@@ -214,5 +213,5 @@ def encode(message: Message) -> bytes:
 
 def decode(payload: bytes) -> Message:
     """Raises msgspec.DecodeError for anything that is not one of ours."""
-    message = _decoder.decode(payload)
+    message: Any = _decoder.decode(payload)
     return Outputs([p.unpack() for p in message.items]) if isinstance(message, _PackedOutputs) else message
