@@ -11,6 +11,7 @@ import logging
 import mmap
 import threading
 import time
+import weakref
 from pathlib import Path
 from typing import Iterator, Mapping, Optional
 
@@ -31,7 +32,7 @@ _ALIGN = 512
 class HostMemory:
     """Pinned memory of `nbytes`, ready piece by piece as a thread makes it; `take` waits for its piece, and `waited_s` counts how long.
 
-    Without `pin` it is ready at once, and its pages are made as they are first written.
+    Without `pin` it is ready at once, and its pages are made as they are first written. What was taken lasts as long as this object.
     """
 
     def __init__(self, nbytes: int, pin: bool):
@@ -42,6 +43,8 @@ class HostMemory:
         self._news = threading.Condition()
         self._all = torch.empty(self.nbytes, dtype=torch.uint8)
         _ask_for_huge_pages(self._all)
+        self._pinned: list[torch.Tensor] = []
+        weakref.finalize(self, _unpin, self._pinned).atexit = False        # then it goes with the process
         if not pin:
             self._ready = self.nbytes
         elif self.nbytes:
@@ -77,6 +80,7 @@ class HostMemory:
                 piece = self._all[start:start + CHUNK]
                 piece.zero_()           # by all of torch's threads: makes the pages
                 _pin(piece)
+                self._pinned.append(piece)
                 with self._news:
                     self._ready = start + len(piece)
                     self._news.notify_all()
@@ -105,6 +109,15 @@ def _pin(piece: torch.Tensor) -> None:
     status = torch.cuda.cudart().cudaHostRegister(piece.data_ptr(), piece.nbytes, 0)
     if int(status) != 0:
         raise RuntimeError(f"cudaHostRegister: {status}")
+
+
+def _unpin(pieces: list[torch.Tensor]) -> None:
+    """Before their pages go back: CUDA would refuse to pin what comes to lie there next."""
+    for piece in pieces:
+        status = torch.cuda.cudart().cudaHostUnregister(piece.data_ptr())
+        if int(status) != 0:
+            log.warning("%.1f GiB of host memory stay pinned: cudaHostUnregister: %s", piece.nbytes / 2**30, status)
+    pieces.clear()
 
 
 def _let_others_capture() -> None:
