@@ -87,7 +87,6 @@ ALWAYS: dict[str, tuple[str, Any, str]] = {
     "masked_softmax_fusion": ("bool", ANY, "attention is rlmono's own, over packed samples"),
     "cross_entropy_loss_fusion": ("bool", ANY, "the loss is rlmono's own, over parts of the vocabulary and chunks of tokens"),
     "cross_entropy_fusion_impl": ("str", ANY, "the loss is rlmono's own, over parts of the vocabulary and chunks of tokens"),
-    "transformer_impl": ("str", ANY, "Transformer Engine is not used"),
     "make_vocab_size_divisible_by": ("int", ANY, "the vocabulary is padded to a multiple of the tensor-parallel size"),
     "moe_grouped_gemm": ("bool", ANY, "experts are computed one after another; a product over all of them needs Transformer Engine"),
     "moe_permute_fusion": ("bool", ANY, "the fused one needs Transformer Engine"),

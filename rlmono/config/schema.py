@@ -33,6 +33,9 @@ class Run:
     device: str = option("auto", "What device ranks compute on; auto takes the GPU where there is one.", choices=("auto", "cpu", "cuda"))
     dtype: str = option("auto", "Training and rollout dtype; auto is bfloat16 on GPUs, float32 on CPUs.",
                         choices=("auto", "float32", "bfloat16"))
+    transformer_impl: str = option(
+        "auto", "Kernels of the trainer's attention and norms on GPUs: rlmono's own, or Transformer Engine's. auto takes the latter where they are "
+        "installed and work.", choices=("auto", "local", "transformer_engine"))
     seed: int = option(1234, "Seed of model initialisation and of every rank's generators.")
     deterministic: bool = option(False, "Same run, same bits, also after a kill and resume (CPU): per-request sampling seeds, one thread.")
     dry_run: bool = option(False, "Print and write the resolved config, the rank grid and the batch arithmetic; start nothing.")

@@ -14,6 +14,7 @@ from typing import Any, Callable, Iterator, Mapping
 from rlmono.config.batches import BatchPlan, batch_arithmetic, data_parallel_size
 from rlmono.config.evals import eval_sets
 from rlmono.config.hf import model_shape
+from rlmono.config.kernels import note, why_local
 from rlmono.config.option import ConfigError, options
 from rlmono.config.rewards import RM_TYPES, reward_type
 from rlmono.config.schema import Config
@@ -74,14 +75,16 @@ def unsupported(config: Config) -> list[str]:
 def on_device(config: Config, device: str) -> Config:
     """The config with remarks on options that depend on what ranks compute on (cpu or cuda). Raises ConfigError for what can't be done there."""
     c = config
+    if c.transformer_impl == "transformer_engine" and (why := why_local(c, device)):
+        raise ConfigError([_with_source(c, f"transformer_impl transformer_engine is not possible: {why}; use auto or local")])
     if device != "cuda":
         if c.model.get("quantization_config") and c.loss_type != "sft":
             raise ConfigError([f"--hf-checkpoint {c.hf_checkpoint} holds fp8 weights, and engines compute with them on GPUs only: on a CPU use the "
                                "bf16 folder (python -m rlmono convert fp8-to-bf16)"])
         names = ("optimizer_cpu_offload", "overlap_cpu_optimizer_d2h_h2d", "use_precision_aware_optimizer")
         given = [f"--{_dashes(n)}" for n in names if getattr(c, n)]
-        note = f"{', '.join(given)}: nothing to do on a CPU, where Adam and its states are in host memory anyway"
-        return dataclasses.replace(c, notes=(*c.notes, note)) if given else c
+        nothing = f"{', '.join(given)}: nothing to do on a CPU, where Adam and its states are in host memory anyway"
+        return dataclasses.replace(c, notes=(*c.notes, nothing)) if given else c
     problems = []
     if c.use_precision_aware_optimizer and not c.optimizer_cpu_offload:
         problems.append("use_precision_aware_optimizer by itself needs Transformer Engine's Adam, which rlmono does without: leave it out, or add "
@@ -92,7 +95,7 @@ def on_device(config: Config, device: str) -> Config:
         problems.append("optimizer_offload_fraction below 1 would lose track of Adam's states on a resume without Transformer Engine: leave it out")
     if problems:
         raise ConfigError(problems)
-    return c
+    return c if c.debug_rollout_only else dataclasses.replace(c, notes=(*c.notes, note(c)))
 
 
 def _block_fp8(quantization: Mapping[str, Any]) -> bool:

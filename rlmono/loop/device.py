@@ -29,6 +29,8 @@ def run_device(world: World) -> None:
     if trains:
         from rlmono.trainer import compat
         compat.prepare()                # megatron before sglang and before any process group
+        from rlmono.trainer import te
+        te.check(world.config)
     plan = world.await_plan()
     pool = world.grid.pool_of(world.rank)
     init_pool(world.store, pool, world.rank, device, world.config.start_timeout_s)

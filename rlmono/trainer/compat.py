@@ -1,22 +1,29 @@
-"""What must be overridden for megatron-core 0.16.1 without Transformer Engine, each with its reason.
+"""What must be overridden for megatron-core 0.16.1, each with its reason.
 
-`prepare()` before the first import of megatron.core. One part is for any machine that lacks Transformer Engine; the
-other lets Megatron's code, written for GPUs, run on CPU and gloo, and does nothing where CUDA is present.
+`prepare()` before the first import of megatron.core, which is imported here as where Transformer Engine is not installed, so that Megatron is one
+and the same everywhere: with it, it would take another Adam, other sums of norms and other paths of recompute, and a Transformer Engine that was
+built for another torch would end the run. What of it is used, te.py uses. Another part lets Megatron's code, written for GPUs, run on CPU and gloo,
+and does nothing where CUDA is present.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import importlib.metadata
 import logging
-from typing import Any, Callable
+import sys
+from typing import Any, Callable, Iterator
 
 import torch
 import torch.distributed as dist
 from torch.utils._device import _device_constructors
 
 TESTED = "0.16.1"
+MEGATRON = ("models.gpt.gpt_layer_specs", "models.gpt", "distributed", "optimizer.cpu_offloading", "optimizer_param_scheduler", "pipeline_parallel",
+            "post_training.modelopt.layers", "dist_checkpointing.strategies.torch", "dist_checkpointing.strategies.state_dict_saver")
+"""All of megatron.core that looks for Transformer Engine when it is imported, and is ever imported by rlmono."""
 _CPU = torch.device("cpu")
 _done = False
 
@@ -29,7 +36,10 @@ def prepare() -> None:
     _check_version()
     if not torch.cuda.is_available():
         _before_import_on_cpu()
-    _without_transformer_engine()
+    with hidden("transformer_engine", "transformer_engine_torch"):
+        _without_transformer_engine()
+        for name in MEGATRON:
+            importlib.import_module(f"megatron.core.{name}")
     _torchs_adam()
     _without_waiting()
     if not torch.cuda.is_available():
@@ -47,22 +57,32 @@ def _check_version() -> None:
                           f"pip install megatron-core=={TESTED}")
 
 
+@contextlib.contextmanager
+def hidden(*packages: str) -> Iterator[None]:
+    """Within, importing these fails as where they are not installed."""
+    before = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] in packages}
+    sys.modules.update(dict.fromkeys(packages))         # type: ignore[arg-type]    # None says that there is no such module
+    try:
+        yield
+    finally:
+        for name in packages:
+            del sys.modules[name]
+        sys.modules.update(before)
+
+
 def _without_transformer_engine() -> None:
-    import megatron.core.transformer.moe.moe_utils as moe_utils
-    import megatron.core.transformer.multi_latent_attention as mla
     import megatron.core.utils as utils
     from packaging.version import Version
-    if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None            # the router reads the name
-    if not isinstance(mla.TELinear, type):
-        mla.HAVE_TE = False                         # isinstance(x, MagicMock) raises
-    if utils.get_te_version() is None:
-        utils._te_version = Version("0.0.0")        # None >= Version raises
+    utils.get_te_version = lambda: Version("0.0.0")     # it would look for itself at each call; and None >= Version raises
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+    import megatron.core.transformer.multi_latent_attention as mla
+    moe_utils.te_general_gemm = None                    # the router reads the name
+    mla.HAVE_TE = False                                 # isinstance(x, MagicMock) raises
     _selective_recompute()
 
 
 def _torchs_adam() -> None:
-    """Also where Transformer Engine or Apex is installed: their Adam counts its steps elsewhere, and checkpoints would say it took none."""
+    """Also where Apex is installed: its Adam counts its steps elsewhere, and checkpoints would say it took none."""
     import megatron.core.optimizer as optimizers
     import megatron.core.optimizer.distrib_optimizer as distributed
     optimizers.Adam = distributed.Adam = torch.optim.AdamW

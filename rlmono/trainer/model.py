@@ -17,6 +17,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from rlmono.config.schema import Config
+from rlmono.trainer import te
 from rlmono.trainer.specs import block_spec
 
 log = logging.getLogger(__name__)
@@ -131,7 +132,8 @@ def _build_chunk(config: Config, tf_config: TransformerConfig, vp_stage: Optiona
     where: dict[str, Any] = dict(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
     scaled = s.get("rope_scaling_factor")
     chunk = GPTModel(
-        config=tf_config, transformer_layer_spec=block_spec(tf_config, s, vp_stage), vocab_size=padded_vocab(config),
+        config=tf_config, transformer_layer_spec=block_spec(tf_config, s, vp_stage, te.usable(config, tf_config)),
+        vocab_size=padded_vocab(config),
         max_sequence_length=s["max_position_embeddings"], parallel_output=True, vp_stage=vp_stage,
         pre_process=parallel_state.is_pipeline_first_stage(**where), post_process=parallel_state.is_pipeline_last_stage(**where),
         share_embeddings_and_output_weights=not (s["untie_embeddings_and_output_weights"] or value_head),

@@ -9,6 +9,7 @@
     run        `rlmono train` as a user starts it: launch to first token, and the same share out of its metrics
     fp8_speed      rollouts in fp8 against bf16: tokens a second of an 8B shape
     fp8_accuracy   the same of a 0.6B shape: logprobs against the trainer's
+    train_local, train_te   the section train with rlmono's own kernels, and with Transformer Engine's (where it is installed)
     cpu_adam   the section train again, with Adam's states in host memory
     largest    the largest dense model that one GPU trains, with them there and without
     peer       TRL's GRPOTrainer over a sweep of settings, where TRL is installed
@@ -36,10 +37,12 @@ ROOT = Path(__file__).resolve().parents[2]
 BENCH = ROOT / "tests" / "bench"
 RIG = ("ceilings", "train", "update", "swap", "cycle")
 FP8 = ("fp8_speed", "fp8_accuracy")
-EXTRA = ("cpu_adam", "largest", *FP8, "peer")
+BY_KERNELS = ("train_local", "train_te")
+EXTRA = (*BY_KERNELS, "cpu_adam", "largest", *FP8, "peer")
 """Only where they are asked for: they take minutes."""
 SECTIONS = (*RIG, "rollout", "run", *EXTRA)
-SHARES = {"rig": 0.5, "cpu_adam": 0.2, "largest": 0.5, "rollout": 0.24, "run": 0.26, "fp8_speed": 0.4, "fp8_accuracy": 0.4, "peer": 0.5}
+SHARES = {"rig": 0.5, "train_local": 0.25, "train_te": 0.25, "cpu_adam": 0.2, "largest": 0.5, "rollout": 0.24, "run": 0.26, "fp8_speed": 0.4,
+          "fp8_accuracy": 0.4, "peer": 0.5}
 """Of the budget, at most, for each process."""
 ROLLOUTS = 3
 """Of a run as a user starts it."""
@@ -73,7 +76,7 @@ def main() -> int:
         call("model", [sys.executable, str(BENCH / "random_model.py"), shape, str(made)], out, 120)
     of_rig = [s for s in wanted if s in RIG]
     jobs: list[tuple[str, list[str]]] = [("+".join(of_rig), rig(a, of_rig, made, out, tokens))] if of_rig else []
-    others = {"cpu_adam": rig(a, ["cpu_adam"], made, out, tokens), "rollout": rig(a, ["rollout"], made, out, tokens),
+    others = {**{s: rig(a, [s], made, out, tokens) for s in (*BY_KERNELS, "cpu_adam", "rollout")},
               "run": user_run(made, work, tokens, gpu, a), **{s: [sys.executable, str(BENCH / "gpu_fp8.py"), s, str(out), str(work)] for s in FP8},
               "largest": [sys.executable, str(BENCH / "gpu_largest.py"), str(out), str(work), str(a.host_memory_gib)],
               "peer": [sys.executable, str(BENCH / "gpu_peer.py"), str(made), str(out), str(tokens)]}

@@ -62,7 +62,19 @@ def packs(rig: Rig) -> tuple[Any, int]:
     return rig.batch([(text, length - 1, [-1.0] * (length - 1)) for text in texts]), sum(map(len, texts))
 
 
-def train(rig: Rig) -> None:
+def train_local(rig: Rig) -> None:
+    """The section train with rlmono's own kernels, and the ceiling of the same run; a process of its own, whose trainer is built so."""
+    _ceilings(rig)
+    train(rig, "train_local", "train with rlmono's own kernels")
+
+
+def train_te(rig: Rig) -> None:
+    """The same with Transformer Engine's."""
+    _ceilings(rig)
+    train(rig, "train_te", "train with Transformer Engine's attention and norms")
+
+
+def train(rig: Rig, section: str = "train", title: str = "train") -> None:
     """Steps of 8 packs a data-parallel rank, eight sequences each; without recompute, and with where that runs out of memory."""
     trainer, (batch, tokens), m = rig.trainer, packs(rig), rig.config().model
     pack, number = SIZE[rig.gpu]
@@ -87,19 +99,19 @@ def train(rig: Rig) -> None:
         rate = flops / best / rig.world
         peak = f", peak {rig.torch.cuda.max_memory_allocated() / GIB:.1f} GiB" if rig.gpu else ""
         share = rate / rig.ceiling["flops"] if "flops" in rig.ceiling else float("nan")
-        rig.figure(f"train, recompute {recompute}: share of the matrix product's FLOP/s", share, "", ">= 0.60" if recompute == "none" else "",
+        rig.figure(f"{title}, recompute {recompute}: share of the matrix product's FLOP/s", share, "", ">= 0.60" if recompute == "none" else "",
                    f"a step of {number} packs of {pack} tokens, whole step with the optimizer",
                    f"{rate / 1e12:.0f} TFLOP/s, {tokens / best:.0f} tokens/s, times {[round(t, 2) for t in times]}{peak}")
-        rig.write("train")
+        rig.write(section)
         if recompute == "none" and rig.gpu:
-            profile(rig, lambda: trainer.train(batch))
+            profile(rig, lambda: trainer.train(batch), section)
             break
     for chunk in trainer.chunks:
         chunk.config.recompute_granularity = chunk.config.recompute_method = chunk.config.recompute_num_layers = None
     rig.collect()
 
 
-def profile(rig: Rig, work: Callable[[], Any]) -> None:
+def profile(rig: Rig, work: Callable[[], Any], section: str) -> None:
     """Where the GPU's time goes, by kernel: the next step of tuning reads it."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as torch_profile
@@ -107,7 +119,7 @@ def profile(rig: Rig, work: Callable[[], Any]) -> None:
         work()
         rig.sync()
     if rig.rank == 0:
-        (rig.a.out / "train_kernels.txt").write_text(p.key_averages().table(sort_by="cuda_time_total", row_limit=40, max_name_column_width=90))
+        (rig.a.out / f"{section}_kernels.txt").write_text(p.key_averages().table(sort_by="cuda_time_total", row_limit=40, max_name_column_width=90))
 
 
 def cpu_adam(rig: Rig) -> None:
@@ -343,4 +355,4 @@ def standalone(rig: Rig, engine: Any, fraction: float) -> Callable[[list[list[in
     return run
 
 
-SECTIONS: dict[str, Callable[[Rig], None]] = {f.__name__: f for f in (ceilings, train, cpu_adam, update, swap, cycle, rollout)}
+SECTIONS: dict[str, Callable[[Rig], None]] = {f.__name__: f for f in (ceilings, train, train_local, train_te, cpu_adam, update, swap, cycle, rollout)}

@@ -14,7 +14,7 @@ import pytest
 import seeds
 
 from rlmono import quickstart
-from rlmono.config import docs, foreign
+from rlmono.config import docs, foreign, kernels
 from rlmono.config.batches import batch_arithmetic
 from rlmono.config.kinds import kind_of, parse
 from rlmono.config.option import ConfigError, options
@@ -366,6 +366,37 @@ def test_remarks(small: Callable[..., Config]) -> None:
     for part in ("warning: rollout_top_p 0.9", "warning: rollout_top_k 5", "sequence_parallel is off",
                  "num_rollout 3 wins over num_epoch 2", "warning: n_samples_per_prompt 1"):
         assert part in text
+
+
+@pytest.mark.parametrize("flags, device, installed, why", [
+    ("--transformer-impl local", "cuda", True, "--transformer-impl local"),
+    ("--dtype float32", "cuda", True, "Transformer Engine's attention computes in bfloat16"),
+    ("--deterministic", "cuda", True, "Transformer Engine's attention is not --deterministic"),
+    ("", "cuda", False, "Transformer Engine is not installed"),
+    ("", "cpu", True, "Transformer Engine needs a GPU"),
+    ("", "cuda", True, ""),
+])
+def test_whose_kernels_train(small: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, flags: str, device: str, installed: bool,
+                             why: str) -> None:
+    monkeypatch.setattr(kernels, "find_spec", lambda name: name if installed else None)
+    assert kernels.why_local(small(flags), device) == why
+    told = on_device(small(flags), device).notes
+    if device == "cuda":
+        assert told[-1] == (f"the trainer's attention and norms are rlmono's own: {why}" if why else
+                            "the trainer's attention and norms are Transformer Engine's")
+    if why and "local" not in flags:
+        asked = small(f"{flags} --transformer-impl transformer_engine")
+        assert problems(lambda: on_device(asked, device)) == [
+            f"transformer_impl transformer_engine is not possible: {why}; use auto or local (flag --transformer-impl)"]
+
+
+def test_what_is_left_to_our_own_attention() -> None:
+    c = Config(context_parallel_size=2, model={"multi_latent_attention": True})
+    assert kernels.note(c).startswith("the trainer's attention and norms are rlmono's own: Transformer Engine is not installed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "find_spec", lambda name: name)
+        assert kernels.note(c) == ("the trainer's norms (attention is rlmono's own: context parallelism and multi-latent attention) "
+                                   "are Transformer Engine's")
 
 
 @pytest.mark.parametrize("content, part", [(None, "has no config.json"), ("{", "is not JSON"), ("[]", "must hold a JSON object")])

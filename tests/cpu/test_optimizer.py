@@ -31,7 +31,7 @@ def test_adam_in_host_memory_is_nothing_to_do_on_a_cpu() -> None:
     note, = on_device(given, "cpu").notes
     assert note == ("--optimizer-cpu-offload, --overlap-cpu-optimizer-d2h-h2d, --use-precision-aware-optimizer: nothing to do on a CPU, where Adam "
                     "and its states are in host memory anyway")
-    assert on_device(Config(), "cpu").notes == () and on_device(given, "cuda").notes == ()
+    assert on_device(Config(), "cpu").notes == () and not any("--optimizer-cpu-offload" in n for n in on_device(given, "cuda").notes)
 
 
 @pytest.mark.parametrize("given, problem", [

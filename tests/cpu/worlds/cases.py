@@ -10,8 +10,10 @@ import datetime
 import faulthandler
 import json
 import os
+import sys
 import time
 import traceback
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ def run_cases(module: dict[str, Any], timeout_s: float = 120) -> None:
     """All cases of `module` (a script's globals()), in order. Does not return: engines leave threads behind."""
     from rlmono.engine.compat import prepare_cpu
     from rlmono.trainer import compat
+    sys.path.append(str(Path(__file__).parent / "broken"))
     compat.prepare()            # before megatron
     prepare_cpu()               # before sglang and transformers' models
     torch.set_num_threads(1)

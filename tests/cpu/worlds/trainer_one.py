@@ -428,5 +428,32 @@ def tied_head(broken: Path) -> None:
         raise AssertionError("a head that is not the embeddings was ignored")
 
 
+# ---------------------------------------------------------------- Transformer Engine
+
+def case_transformer_engine_is_seen_by_nobody() -> None:
+    """One lies on the path that breaks when it is imported (see cases.py): Megatron has not tried, whichever of its modules are loaded by now."""
+    from importlib.util import find_spec
+    assert find_spec("transformer_engine") is not None and "transformer_engine" not in sys.modules
+    megatron = [m for name, m in sys.modules.items() if name.startswith("megatron.core")]
+    assert len(megatron) > 100 and not [m for m in megatron if vars(m).get("HAVE_TE") or vars(m).get("tex")]
+
+
+def case_transformer_engine_that_does_not_import() -> None:
+    """Is one message where it was asked for by name, and otherwise a warning. The CPU asks for none."""
+    from rlmono.config.schema import Config
+    from rlmono.trainer import te
+    te.check(Config())
+    assert "transformer_engine" not in sys.modules
+    failed = te._library()
+    te._tell(Config(), failed, "does not import")
+    try:
+        te._tell(Config(transformer_impl="transformer_engine"), failed, "does not import")
+    except te.Unusable as e:
+        assert str(e) == ("Transformer Engine does not import: RuntimeError: libtransformer_engine.so: undefined symbol. --transformer-impl auto "
+                          "or local does without it"), e
+    else:
+        raise AssertionError("it was taken for usable")
+
+
 if __name__ == "__main__":
     run_cases(globals())
