@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any, Iterator
@@ -41,17 +42,20 @@ def world() -> Iterator[None]:
     sys.path.remove(str(ROOT / "tests" / "cpu" / "worlds"))
 
 
-def made(folder: Path, name: str) -> Path:
-    """A model of random_model.py, whose norms are not all 1."""
-    import subprocess
-
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Models of random_model.py, whose norms are not all 1."""
     from safetensors.torch import load_file, save_file
-    subprocess.run([sys.executable, "tests/bench/random_model.py", name, str(folder)], cwd=ROOT, check=True, timeout=120)
-    path = folder / "model" / "model.safetensors"
-    weights = load_file(path)
-    torch.manual_seed(0)
-    save_file({k: torch.randn(w.shape).mul(0.2).add(1).to(w.dtype) if "norm" in k else w for k, w in weights.items()}, path, {"format": "pt"})
-    return folder / "model"
+    out = {}
+    for name in ("tiny", "moe", "deepseek"):
+        folder = tmp_path_factory.mktemp(name)
+        subprocess.run([sys.executable, "tests/bench/random_model.py", name, str(folder)], cwd=ROOT, check=True, timeout=120)
+        path = folder / "model" / "model.safetensors"
+        torch.manual_seed(0)
+        weights = {k: torch.randn(w.shape).mul(0.2).add(1).to(w.dtype) if "norm" in k else w for k, w in load_file(path).items()}
+        save_file(weights, path, {"format": "pt"})
+        out[name] = folder / "model"
+    return out
 
 
 def passes(model: Path, impl: str, dtype: torch.dtype = torch.bfloat16, **options: Any) -> tuple[Any, torch.Tensor, dict[str, torch.Tensor]]:
@@ -91,10 +95,10 @@ def keys(trainer: Any) -> list[str]:
 
 @pytest.mark.parametrize("name, options", [("tiny", {}), ("moe", {}), ("deepseek", {}),
                                            ("tiny", dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1))])
-def test_it_is_the_same_model(tmp_path: Path, name: str, options: dict[str, Any]) -> None:
+def test_it_is_the_same_model(models: dict[str, Path], name: str, options: dict[str, Any]) -> None:
     """As far from fp32 as our own kernels in bf16 are. Names, shapes and what is exported are the same."""
     from rlmono.trainer import te
-    model = made(tmp_path, name)
+    model = models[name]
     trainer, exact, exact_gradients = passes(model, "local", torch.float32, **options)
     del trainer
     ours, plain, gradients = passes(model, "local", **options)
@@ -112,11 +116,11 @@ def test_it_is_the_same_model(tmp_path: Path, name: str, options: dict[str, Any]
     assert value < 1.5 * bound + 1e-4 and whole < 1.5 * whole_bound + 1e-3 and worst < 3 * worst_bound + 1e-2
 
 
-def test_auto_takes_it_and_deterministic_does_not(tmp_path: Path) -> None:
+def test_auto_takes_it_and_deterministic_does_not(models: dict[str, Path]) -> None:
     from rlmono.config.schema import Config
     from rlmono.config.validate import on_device
     from rlmono.trainer import te
-    model = made(tmp_path, "tiny")
+    model = models["tiny"]
     for options, taken in (({}, True), (dict(deterministic=True), False)):
         trainer = passes(model, "auto", **options)[0]
         assert any(type(m) is te.Norm for m in trainer.chunks[0].modules()) == taken
