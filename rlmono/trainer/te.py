@@ -28,20 +28,22 @@ class Unusable(RuntimeError):
     """--transformer-impl transformer_engine asks for what can't be had here."""
 
 
-def check(config: Config) -> None:
-    """Import it, if this run is to use it. Raises Unusable where it was asked for by name; with auto, one that does not import is told, and left."""
-    if not why_local(config, "cuda" if torch.cuda.is_available() else "cpu"):
-        library = _library()
-        _tell(config, library if isinstance(library, Exception) else None, "does not import")
+def check(config: Config) -> bool:
+    """Import it, if this run is to use it, and whether it does. Raises Unusable where it can't and was asked for by name; with auto, one that does
+    not import is told, and left."""
+    if why := why_local(config, "cuda" if torch.cuda.is_available() else "cpu"):
+        if config.transformer_impl == "transformer_engine":
+            raise Unusable(why)
+        return False
+    library = _library()
+    _tell(config, library if isinstance(library, Exception) else None, "does not import")
+    return not isinstance(library, Exception)
 
 
 def usable(config: Config, tf: TransformerConfig) -> bool:
     """Whether a model of this configuration takes it: one step back and forth of its kernels is tried first, for cuDNN, the driver or a version
     of torch may refuse them. Raises Unusable as `check` does."""
-    if tf.params_dtype != torch.bfloat16 or why_local(config, "cuda" if torch.cuda.is_available() else "cpu"):
-        return False
-    check(config)
-    if isinstance(_library(), Exception):
+    if not check(config) or tf.params_dtype != torch.bfloat16:
         return False
     failed = _trial(tf.hidden_size, *((0, 0, 0) if not attends(tf) else _heads(tf)))
     _tell(config, failed, "is installed, but does not work here")

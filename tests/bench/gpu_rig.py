@@ -99,7 +99,7 @@ class Rig:
             hf_checkpoint=str(self.a.made / "model"), model=model, colocate=True, lr=1e-6, tensor_model_parallel_size=self.a.tp,
             sequence_parallel=self.a.tp > 1, rollout_num_gpus_per_engine=self.a.engine_tp, rollout_max_response_len=self.a.tokens,
             use_dynamic_batch_size=True, max_tokens_per_gpu=8192 if self.gpu else 256, sglang=sglang, deterministic=not self.gpu, rollout_seed=1,
-            transformer_impl={"train_local": "local", "train_te": "transformer_engine"}.get(self.a.sections, "auto"),
+            transformer_impl={"train_local": "local", "train_te": "transformer_engine" if self.gpu else "auto"}.get(self.a.sections, "auto"),
             optimizer_cpu_offload=self.a.sections == "cpu_adam", overlap_cpu_optimizer_d2h_h2d=self.a.sections == "cpu_adam")
         return Config(**(values | more))
 

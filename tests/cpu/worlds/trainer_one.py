@@ -442,8 +442,7 @@ def case_transformer_engine_that_does_not_import() -> None:
     """Is one message where it was asked for by name, and otherwise a warning. The CPU asks for none."""
     from rlmono.config.schema import Config
     from rlmono.trainer import te
-    te.check(Config())
-    assert "transformer_engine" not in sys.modules
+    assert not te.check(Config()) and "transformer_engine" not in sys.modules
     failed = te._library()
     te._tell(Config(), failed, "does not import")
     try:
@@ -453,6 +452,47 @@ def case_transformer_engine_that_does_not_import() -> None:
                           "or local does without it"), e
     else:
         raise AssertionError("it was taken for usable")
+
+
+class AsIf:
+    """`transformer_engine.pytorch` as far as te.py uses it, in plain torch: modules with parameters and keys of their own."""
+
+    class RMSNorm(torch.nn.RMSNorm):
+        def get_extra_state(self) -> str:
+            return "a key in the checkpoint"
+
+    class DotProductAttention(torch.nn.Module):
+        def __init__(self, heads: int, dim: int, num_gqa_groups: int, attention_dropout: float, qkv_format: str, attn_mask_type: str,
+                     softmax_scale: float | None):
+            super().__init__()
+            assert (heads, num_gqa_groups, dim, attention_dropout, qkv_format, attn_mask_type) == (4, 2, 32, 0.0, "thd", "padding_causal")
+            self.scale = softmax_scale
+
+        def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_kv: torch.Tensor,
+                    max_seqlen_q: int, max_seqlen_kv: int, pad_between_seqs: bool) -> torch.Tensor:
+            from rlmono.trainer.attention import varlen_attention
+            return varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv, self.scale).flatten(1)
+
+
+def case_its_modules_add_nothing_to_the_model() -> None:
+    """With others in the place of attention and norms: the same logprobs and gradients, and the same names in checkpoints and exports."""
+    from rlmono.trainer import te
+    batch, found = samples(), []
+    library, usable = te._library, te.usable
+    for used in (False, True):
+        te._library, te.usable = lambda: AsIf, lambda *_, used=used: used
+        try:
+            trainer = tiny.build_trainer(FOLDER / "untied")
+            kinds = {type(m) for m in trainer.chunks[0].modules()}
+            assert used == (te.Norm in kinds) == (te.Attention in kinds)
+            metrics, gradients = tiny.run_packs(trainer, batch, [batch[:5], batch[5:]])
+            found.append((metrics["train/loss"], gradients, sorted(trainer.chunks[0].sharded_state_dict()),
+                          kinds & {AsIf.RMSNorm, AsIf.DotProductAttention}))
+        finally:
+            te._library, te.usable = library, usable
+    (loss, expected, names, none), (value, gradients, others, own) = found
+    assert abs(loss - value) <= 1e-6 * abs(loss) and tiny.worst(gradients, expected)[0] <= 1e-5
+    assert names == others and not own and not none
 
 
 if __name__ == "__main__":
