@@ -124,7 +124,8 @@ def _function(name: str) -> dict[str, str]:
 
 def stand_ins(address: str, tokens: int, rate: float = 0.0, delay_s: float = 0.0, spread: float = 0.0) -> subprocess.Popen[bytes]:
     command = [sys.executable, str(Path(__file__).with_name("engines.py")), address, *map(str, (ENGINES, tokens, rate, delay_s, spread))]
-    return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path})
 
 
 @contextlib.asynccontextmanager
