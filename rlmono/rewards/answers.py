@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 from typing import Any
 
 from rlmono.data.sample import Sample
 
 _WORDS = r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox)"
 
+_UNITS = (r"degrees?|[mck]m|(?:centi|milli|kilo)?met(?:er|re)s?|inch(?:es)?|f(?:oo|ee)?t|yards?|miles?|mph|seconds?|minutes?|hours?|days?|"
+          r"weeks?|months?|years?|(?:kilo)?grams?|kg|pounds?|dollars?|cents?|percent|units?|points?")
+
 _RULES: tuple[tuple[re.Pattern[str], str], ...] = tuple((re.compile(pattern), replacement) for pattern, replacement in (
     (r"\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])", ""),
     (r"(?<!\\)\\[!,;: ]|~", " "),
     (r"\{,\}", ""),
+    (r"(?<!\\)\\[()]|°", ""),
+    ("\N{MINUS SIGN}", "-"),
     (r"\\[dtc]frac", r"\\frac"),
     (r"\^\s*\{?\s*\\circ\s*\}?|\\degree", ""),
     (r"\\?[%$]", ""),
     (r"^\s*" + _WORDS + r"\{([^{}]*)\}\s*$", r"\1"),
     (r"(?<=\S)\s*" + _WORDS + r"\{[^{}]*\}(?:\^\{?\d\}?)?\s*$", ""),        # a unit
+    (r"(?<=[\d})])\s*(?:(?:square|cubic)\s+)?(?:" + _UNITS + r")(?:\s*\^\{?\d\}?)?[\s.]*$", ""),
     (r"^\s*\w{1,2}\s*=(?!=)", ""),                                          # x = 5
+    (r"^\s*\+(?=\s*[\d.\\])", ""),
+    (r"^\s*(-?\d+)\s+(\d+)\s*/\s*(\d+)\s*$", r"\1\\frac{\2}{\3}"),          # 1 1/2
     (r"\s+", " "),
     (r"(?<![A-Za-z]) | (?![A-Za-z])", ""),
     (r"(?<=\d)\.+$|(?<=[)\]}A-Za-z])\.$", ""),
@@ -47,19 +56,32 @@ def last_boxed(text: str) -> str | None:
     return None
 
 
+_END = re.compile(r"(?:(?:<[|｜][^<>|｜\s]{1,40}[|｜]>|</s>|<eos>|<end_of_turn>)\s*)+\Z")
+_LONGEST_END = 200
+
+
+def without_end(response: str) -> str:
+    """A response without the tokens that end it, which are in its text (unless --rollout-skip-special-tokens): `34<|im_end|>` says 34."""
+    end = _END.search(response, max(len(response) - _LONGEST_END, 0))
+    return response[:end.start()] if end else response
+
+
 def after_thinking(response: str) -> str:
-    """What a response says after its last `</think>`; all of it where there is none."""
-    return response.rpartition("</think>")[2]
+    """What a response says after its last `</think>`, or all of it where there is none, up to the token that ends it."""
+    return without_end(response.rpartition("</think>")[2])
 
 
 def normalise(answer: str) -> str:
-    r"""One spelling of an answer: without spaces, units, `\left`, `$`, `%` and degrees, thousands without commas, fractions as
-    `\frac{a}{b}`, numbers without idle zeros, words in lower case."""
+    r"""One spelling of an answer: without spaces, units, `\left`, `$`, `\(`, `%` and degrees, thousands without commas, fractions as
+    `\frac{a}{b}`, numbers without idle zeros or exponents, words in lower case."""
     text = answer.strip()
     for pattern, replacement in _RULES:
         text = pattern.sub(replacement, text)
     if re.fullmatch(r"-?\d{1,3}(,\d{3})+(\.\d+)?", text):
         text = text.replace(",", "")
+    if re.fullmatch(r"-?\d+(\.\d+)?[eE][+-]?\d{1,2}", text):
+        text = f"{Decimal(text):f}"
+        text = text.rstrip("0").rstrip(".") if "." in text else text
     while text.startswith("{") and text.endswith("}") and "{" not in text[1:-1] and "}" not in text[1:-1]:
         text = text[1:-1]
     return text if "\\" in text else text.lower()

@@ -9,7 +9,7 @@ import re
 from typing import Any
 
 from rlmono.data.sample import Sample
-from rlmono.rewards.answers import labels_of, last_boxed, normalise
+from rlmono.rewards.answers import labels_of, last_boxed, normalise, without_end
 
 LOOKED_AT = 300
 """Characters at the end of the response."""
@@ -19,13 +19,13 @@ _ANSWER = re.compile(r"answer\s*:[\s*]*([^\n]+)", re.IGNORECASE)
 
 def reward(args: Any, sample: Sample, **kwargs: Any) -> dict[str, Any]:
     """{score: ±1, acc: 1 or 0, pred: the answer found, or [INVALID]}. ValueError for a sample without a label."""
-    found = _ANSWER.findall(sample.response[-LOOKED_AT:])
+    found = _ANSWER.findall(without_end(sample.response)[-LOOKED_AT:])
     return _judged(found[-1] if found else "", sample)
 
 
 def reward_of_answer(args: Any, sample: Sample, **kwargs: Any) -> dict[str, Any]:
     """The same of a response that is the answer alone."""
-    return _judged(sample.response, sample)
+    return _judged(without_end(sample.response), sample)
 
 
 def _judged(answer: str, sample: Sample) -> dict[str, Any]:

@@ -3,7 +3,7 @@ r"""`--rm-type gpqa`: 1 when the response chooses the right one of several choic
 The metadata may have `choices` (a list, or an object of letter and text), `correct_letter`, and `valid_letters` (default: those of the
 choices, else A to H). Without `correct_letter`, the label is the letter, the number of the choice (from 0), or its text. What comes before
 the last `</think>` is left out; then the last `\boxed{}` counts, else the last "the answer is …", "answer: …", "option …" with a letter,
-else a last line that begins with a letter, else one of them that is the text of a choice.
+else a last line that begins with a letter, or names one letter alone ("So it is (B)."), else one of them that is the text of a choice.
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ from rlmono.data.sample import Sample
 from rlmono.rewards.answers import after_thinking, last_boxed
 
 _LETTERS = string.ascii_uppercase[:8]
+_LOOKED_AT = 200
+"""Characters from where a letter may stand."""
 _SAID = re.compile(r"\b(?:answer|choice|option)\b[\s*_]*(?:is|would be|must be|:|=)?[\s:*_]*(?:the\s)?\s*(?:correct\s)?\s*"
                    r"(?:answer|choice|option|letter)?[\s:*_]*(\S[^\n]*)", re.IGNORECASE)
-_LETTER = re.compile(r"[^\w\\]*(?:\\\w+\s*\{)?[^\w\\]*([A-Za-z])(?![\w'’])[*_`]*(.*)", re.DOTALL)
-_ENDED = re.compile(r"$|[).:\]},;$]|\s*[-–—(\n]|\s+(?:because|since|as|due|based|which|is|with)\b")
+_LETTER = re.compile(r"[^\w\\]*(?:\\\w+\s*\{)?[^\w\\]*([A-Za-z])(?!\w|['’]\w)[*_`]*(.*)", re.DOTALL)
+_NAMED = re.compile(r"(?<![\w'’])(?<!\bnot )(?<!\bnot \()([A-Z])(?![\w'’])[*_`]*(?=(.*))")
+_ENDED = re.compile(r"$|[).:\]},;$'’\"]|\s*[-–—(\n]|\s+(?:because|since|as|due|based|which|is|with)\b")
 """What follows a letter that is no word: in "A molecule", A is an article."""
 
 
@@ -78,17 +81,24 @@ def _chosen(text: str, wanted: Target) -> str | None:
     boxed = last_boxed(text)
     candidates = [boxed] if boxed is not None else [*reversed(_SAID.findall(text)), text.rpartition("\n")[2]]
     by_letter = [letter for candidate in candidates if wanted.letter and (letter := _letter(candidate, wanted.letters))]
+    if not by_letter and boxed is None and wanted.letter and len(named := _named(candidates[-1], wanted.letters)) == 1:
+        by_letter = [*named]
     by_text = [letter for candidate in (*candidates, text) if (letter := _of_text(candidate, wanted.texts)) is not None]
     return next(iter(by_letter or by_text), None)
 
 
 def _letter(text: str, letters: str) -> str | None:
     """The letter that a text begins with: "B", "(b).", "**B** because", r"\\text{B}", "B) the text of the choice"."""
-    match = _LETTER.match(text.strip())
+    match = _LETTER.match(text.strip()[:_LOOKED_AT])
     if match is None or match[1].upper() not in letters:
         return None
     is_word = match[1].islower() or match[1] in "AI"
     return None if is_word and not _ENDED.match(match[2]) else match[1].upper()
+
+
+def _named(line: str, letters: str) -> set[str]:
+    """The letters that stand in a line alone, or in brackets, before a comma or the end: not those of other words."""
+    return {letter for letter, rest in _NAMED.findall(line[-_LOOKED_AT:]) if letter in letters and _ENDED.match(rest)}
 
 
 def _of_text(text: str, texts: Mapping[str, str]) -> str | None:

@@ -10,6 +10,8 @@ from rlmono.data.sample import Sample
 from rlmono.rewards.answers import has_words, labels_of, last_boxed, normalise
 
 # LaTeX only: its other parser evaluates a response's text as Python.
+_LONGEST = 1000
+"""Characters of an answer that is taken for a formula; longer ones are loops, which take the parser seconds."""
 _LATEX = (LatexExtractionConfig(boxed_match_priority=0),)
 
 
@@ -29,6 +31,8 @@ def _equal_to_label(answer: str | None, sample: Sample) -> bool:
         return False
     if any(normalise(label) == normalise(answer) for label in labels):
         return True
+    if len(answer) > _LONGEST:
+        return False
     formulas = [label for label in labels if not has_words(normalise(label))]
     target = _parse(answer) if formulas else []
     return any(verify(_parse(label), target) for label in formulas)

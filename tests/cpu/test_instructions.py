@@ -140,7 +140,7 @@ def test_all_of_them_must_be_followed_after_the_thinking() -> None:
     metadata = {"instruction_id_list": ["punctuation:no_comma", "length_constraints:number_words"],
                 "kwargs": json.dumps([None, {"num_words": 2.0, "relation": "at least"}])}
     for response, value in (("one two", 1.0), ("one, two", 0.0), ("one", 0.0), ("<think>well, one, two</think>one two", 1.0), ("", 0.0),
-                            ("<think>one two", 1.0)):
+                            ("<think>one two", 1.0), ("one two<|im_end|>", 1.0), ("<|im_end|>", 0.0)):
         assert ifbench.reward(None, Sample(response=response, metadata=metadata)) == value, response
 
 

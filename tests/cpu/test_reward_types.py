@@ -40,7 +40,9 @@ def test_two_spellings_of_one_answer(label: str, answer: str) -> None:
 
 @pytest.mark.parametrize("response, score, pred", [
     ("Answer: 34", 1.0, "34"), ("so\nAnswer: $34$", 1.0, "34"), (r"**Answer:** \boxed{34}", 1.0, "34"), ("ANSWER : 34.", 1.0, "34"),
-    (r"Answer: $\boxed{34}$.", 1.0, "34"), ("Answer: 3\nAnswer: 34 cm", -1.0, "34cm"), (r"Answer: 34\text{ cm}", 1.0, "34"),
+    (r"Answer: $\boxed{34}$.", 1.0, "34"), ("Answer: 3\nAnswer: 34 apples", -1.0, "34apples"), ("Answer: 34 cm", 1.0, "34"),
+    (r"Answer: \(34\)", 1.0, "34"), ("Answer: 34<|im_end|>", 1.0, "34"), ("Answer: 34<|eot_id|>\n", 1.0, "34"), ("Answer: 34</s>", 1.0, "34"),
+    (r"Answer: 34\text{ cm}", 1.0, "34"),
     ("Answer: 33", -1.0, "33"), ("The answer is 34", -1.0, "[INVALID]"), (r"\boxed{34}", -1.0, "[INVALID]"), ("", -1.0, "[INVALID]"),
     ("Answer: 34\nthat is, Answer: 35", -1.0, "35"), ("Answer: 34" + "x" * 280, -1.0, "34" + "x" * 280), ("Answer: 34\n" + " " * 289, 1.0, "34"),
     ("Answer: 34\n" + " " * 300, -1.0, "[INVALID]"), ("Answer: 17+17", -1.0, "17+17"), ("Answer:\n34", 1.0, "34"),
@@ -63,7 +65,8 @@ def test_dapo_has_one_spelling(label: Any, response: str) -> None:
     ("Paris", "paris", 1.0), ("the Eiffel Tower", "Eiffel tower!", 1.0), ("Eiffel Tower", "It is the Eiffel Tower", 2 * 2 / (4 + 2)),
     ("a b c d", "b c x", 2 * 2 / (3 + 3)), ("x x y", "x y y", 2 * 2 / (3 + 3)), ("x", "y", 0.0), ("x", "", 0.0), ("yes", "yes it is", 0.0),
     ("yes", "Yes.", 1.0), ("no", "yes", 0.0), (["London", "Paris"], "Paris", 1.0), ("Paris", "<think>London or Rome</think> Paris", 1.0),
-    (1969, "in 1969", 2 * 1 / (2 + 1)), ("the", "a", 1.0), ("U.S.A.", "usa", 1.0),
+    (1969, "in 1969", 2 * 1 / (2 + 1)), ("the", "a", 1.0), ("U.S.A.", "usa", 1.0), ("Paris", "Paris<|im_end|>", 1.0),
+    ("yes", "<think>no</think>Yes<｜end▁of▁sentence｜>", 1.0),
 ])
 def test_f1(label: Any, response: str, value: float) -> None:
     assert f1.reward(None, Sample(label=label, response=response)) == pytest.approx(value)
@@ -80,6 +83,9 @@ CHOICES = ["a helium atom", "a proton", "an electron", "B mesons"]
     ("A proton", "B"), ("a helium atom", "A"), ("The answer is a proton", "B"), ("answer: A because it is", "A"), ("The answer is an electron.", "C"),
     ("The answer to this is hard.\nB", "B"), ("The correct answer is option D", "D"), ("no idea at all", None), ("", None), (r"\boxed{E}", None),
     ("Answer: Because it is so", None), ("A molecule of water is the thing", None), ("$B$", "B"), ("The choice must be D: B mesons", "D"),
+    ("My answer is 'A'.", "A"), ("Hence it can only be (C).", "C"), ("The answer is not A, it is B", "B"), ("Either B, or C.", None),
+    ("It is not D.", None),
+    ("So C, which is lighter", "C"), ("Answer: A<|im_end|>", "A"), ("A<|im_end|>", "A"), (r"\boxed{" + "{" * 5000, None),
 ])
 def test_gpqa_takes_the_letter_that_is_chosen(response: str, letter: str | None) -> None:
     for right in "ABCD":
