@@ -37,6 +37,9 @@ AT_ONCE = max(2, (os.cpu_count() or 2) // 2)
 """Processes on one host."""
 KILLED_S = 10.0
 """To be gone after a kill."""
+WATCH_S = 0.1
+FILE_BYTES = 4096
+"""What a file takes at least."""
 LAYERS = ("limits", "capabilities", "files", "calls")
 _warned: set[str] = set()
 _rooms: dict[asyncio.AbstractEventLoop, asyncio.Semaphore] = {}
@@ -44,18 +47,20 @@ _rooms: dict[asyncio.AbstractEventLoop, asyncio.Semaphore] = {}
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one call. `file_bytes` is the size of each file that it writes; `wall_s` is from its start, imports and all."""
+    """Of one call. `file_bytes` is the size of each file that it writes, `folder_bytes` of all together (looked at every WATCH_S); `wall_s` is from
+    its start, imports and all."""
 
     wall_s: float = 10.0
     cpu_s: float = 5.0
     memory_bytes: int = 1 << 30
     file_bytes: int = 1 << 24
+    folder_bytes: int = 1 << 26
     output_bytes: int = 4096
 
 
 @dataclass(frozen=True)
 class Result:
-    """`outcome` is ok, error (it raised, or its exit status is not 0), timeout, output_limit or killed (by its limits)."""
+    """`outcome` is ok, error (it raised, or its exit status is not 0), timeout, output_limit, disk_limit or killed (by its limits)."""
 
     output: str
     outcome: str
@@ -104,14 +109,16 @@ async def _run(code: str, limits: Limits, folder: str) -> Result:
         os.close(theirs)
         theirs = -1
         outcome, output = "timeout", b""
+        full = asyncio.create_task(_watch(process, folder, limits.folder_bytes))
         try:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(limits.wall_s):
                     output, more = await _talk(process, code, limits.output_bytes)
                     outcome = "output_limit" if more else _outcome(await process.wait())
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            outcome = "disk_limit" if full.done() else outcome
+            full.cancel()
+            _kill(process)
             await _ended(process)
         os.set_blocking(status, False)
         with contextlib.suppress(BlockingIOError, ValueError):
@@ -121,6 +128,30 @@ async def _run(code: str, limits: Limits, folder: str) -> Result:
         os.close(status)
         if theirs >= 0:
             os.close(theirs)
+
+
+async def _watch(process: asyncio.subprocess.Process, folder: str, most: int) -> None:
+    """Kill the process when its folder has more than `most` bytes, and return then."""
+    while await asyncio.to_thread(_size, folder, most) <= most:
+        await asyncio.sleep(WATCH_S)
+    _kill(process)
+
+
+def _size(folder: str, most: int) -> int:
+    """Bytes of the files in a folder that somebody writes; when it is more than `most`, only that."""
+    total = 0
+    for path, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            with contextlib.suppress(OSError):          # gone already
+                total += max(os.lstat(os.path.join(path, name)).st_blocks * 512, FILE_BYTES)
+            if total > most:
+                return total
+    return total
+
+
+def _kill(process: asyncio.subprocess.Process) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 async def _ended(process: asyncio.subprocess.Process) -> None:
@@ -154,5 +185,6 @@ def _outcome(status: int) -> str:
 def _shown(output: bytes, outcome: str, limits: Limits) -> str:
     """What the model sees."""
     ends = {"timeout": f"[stopped: not done within {limits.wall_s:g} s]", "killed": "[stopped: out of processor time or memory]",
-            "output_limit": f"[stopped: more than {limits.output_bytes} bytes of output]"}
+            "output_limit": f"[stopped: more than {limits.output_bytes} bytes of output]",
+            "disk_limit": f"[stopped: more than {limits.folder_bytes >> 20} MiB of files]"}
     return "\n".join(filter(None, [output.decode(errors="replace").rstrip(), ends.get(outcome, "")]))

@@ -22,14 +22,22 @@ PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 38, 22, 2
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446      # Landlock's calls, on every machine
 READ, WRITE = 0b1101, 0x7FF2      # execute, read files, read folders; everything else of Landlock's third version
 
-# audit architecture; calls that are denied; clone, clone3, prlimit64. linux/audit.h, asm/unistd.h
+# audit architecture; calls that are denied; calls that do nothing and say that they did; clone, clone3, prlimit64. linux/audit.h, asm/unistd.h
+# Denied:
 #   new processes and programs · sockets · signals to and memory of others · limits · io_uring, which goes round this filter
 #   mounts, namespaces, kernel programs, keys, file handles
+#   priorities and processors, which can be others' · System V memory and queues, which stay · what Landlock leaves: truncate, owners, attributes
+# Nothing: modes and times of files, which Landlock leaves too, and which copying a file sets.
 MACHINES = {
     "x86_64": (0xC000003E, (57, 58, 59, 322, 41, 53, 62, 200, 234, 129, 297, 101, 310, 311, 424, 434, 438, 160, 425, 165, 166, 272, 308, 161, 155,
-                            321, 298, 323, 248, 249, 250, 304), 56, 435, 302),
+                            321, 298, 323, 248, 249, 250, 304,
+                            141, 142, 144, 203, 251, 256, 279, 314, 440, 29, 64, 68, 240,
+                            76, 92, 93, 94, 260, 188, 189, 190, 197, 198, 199, 463, 466),
+               (90, 91, 268, 452, 132, 235, 261, 280), 56, 435, 302),
     "aarch64": (0xC00000B7, (221, 281, 198, 199, 129, 130, 131, 138, 240, 117, 270, 271, 424, 434, 438, 164, 425, 40, 39, 97, 268, 51, 41,
-                             280, 241, 282, 217, 218, 219, 265), 220, 435, 261),
+                             280, 241, 282, 217, 218, 219, 265,
+                             140, 118, 119, 122, 30, 238, 239, 274, 440, 194, 190, 186, 180, 45, 54, 55, 5, 6, 7, 14, 15, 16, 463, 466),
+                (52, 53, 452, 88), 220, 435, 261),
 }
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -71,15 +79,18 @@ def landlock(folder: str) -> bool:
 
 
 def seccomp() -> bool:
-    """No new process and no other program, no socket, no signal to anybody, no higher limits. Threads stay possible."""
+    """No new process and no other program, no socket, no signal to anybody, no higher limits, no change to what files are allowed. Threads stay
+    possible."""
     if (machine := MACHINES.get(platform.machine())) is None:
         return False
-    architecture, denied, clone, clone3, prlimit64 = machine
+    architecture, denied, idle, clone, clone3, prlimit64 = machine
     load, equal, has, give, above = 0x20, 0x15, 0x45, 0x06, 0x35        # BPF: ld [k]; jeq; jset; ret; jge
-    allow, deny, absent = (give, 0, 0, 0x7FFF0000), (give, 0, 0, 0x50000 | EPERM), (give, 0, 0, 0x50000 | ENOSYS)
+    allow, deny, absent, nothing = ((give, 0, 0, answer) for answer in (0x7FFF0000, 0x50000 | EPERM, 0x50000 | ENOSYS, 0x50000))
     program = [(load, 0, 0, 4), (equal, 1, 0, architecture), deny, (load, 0, 0, 0), (above, 0, 1, 0x40000000), deny]
     for call in denied:
         program += [(equal, 0, 1, call), deny]
+    for call in idle:
+        program += [(equal, 0, 1, call), nothing]
     program += [(equal, 0, 1, clone3), absent]          # glibc then takes clone, whose flags can be read
     program += [(equal, 0, 4, clone), (load, 0, 0, 16), (has, 0, 1, CLONE_THREAD), allow, deny]
     program += [(equal, 0, 6, prlimit64), (load, 0, 0, 32), (equal, 0, 3, 0), (load, 0, 0, 36), (equal, 0, 1, 0), allow, deny]

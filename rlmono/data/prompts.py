@@ -54,6 +54,9 @@ def open_source(spec: str, rules: Rules, lazy_above: int = LAZY_ABOVE_BYTES) -> 
         raise DataError(f"{spec}: the reward needs a label; name its key with --label-key")
     path, rows = split_slice(spec)
     file = _open(path, spec, rules)
+    columns = getattr(file, "names", None)
+    if rules.label_required and columns is not None and rules.label_key not in columns:
+        raise DataError(f"{path}: has no column {rules.label_key!r} (--label-key), and the reward needs one; its columns are {', '.join(columns)}")
     return LazySource(spec, file, rows, rules) if file.nbytes > lazy_above else PromptSource(spec, file, rows, rules)
 
 
@@ -67,10 +70,14 @@ class _Rows:
         self.bad = 0
         self.too_long = 0
         """Rows left out for `length_limit`."""
+        self._unseen = rules.optional_keys
 
     def _read(self, id: int) -> Prompt:
         try:
-            return self.rules.prompt(self.file.row(id), self.file.where(id))
+            row = self.file.row(id)
+            if self._unseen and isinstance(row, dict):
+                self._unseen = {key: flag for key, flag in self._unseen.items() if key not in row}
+            return self.rules.prompt(row, self.file.where(id))
         except ValueError as error:
             raise DataError(f"{self.file.locate(id)}: {error}") from error
 
@@ -87,6 +94,11 @@ class _Rows:
             return BAD_ROW
         self.too_long += too_long
         return TOO_LONG if too_long else None
+
+    def _warn_of_keys(self, rows: str) -> None:
+        """A key that no row has is likely misspelt; of several files, one may go without."""
+        for key, flag in self._unseen.items():
+            logger.warning("%s: %s has %r (%s): there is nothing to read by it", self.spec, rows, key, flag)
 
     def _is_too_long(self, id: int) -> bool:
         prompt = self._read(id)
@@ -140,6 +152,7 @@ class PromptSource(_Rows):
         if self.bad_rows:
             more = [f"and {self.bad - LISTED_ROWS} more"] if self.bad > LISTED_ROWS else []
             logger.warning("%s: %d of %d rows are bad and left out:\n  %s", self.spec, self.bad, total, "\n  ".join([*self.bad_rows, *more]))
+        self._warn_of_keys(f"none of its {total} rows")
         if self.too_long:
             logger.warning("%s: %d of %d prompts have more than %s tokens and are left out", self.spec, self.too_long, total, limit)
         if not kept.any():
@@ -166,6 +179,7 @@ class LazySource(_Rows):
         if all([self.refusal(id) for id in first]):
             raise DataError(f"{spec}: none of the first {len(first)} rows can be used: {self.bad} are bad, {self.too_long} have more than "
                             f"--rollout-max-prompt-len ({rules.length_limit}) tokens" + "".join(f"\n  {row}" for row in self.bad_rows))
+        self._warn_of_keys(f"none of its first {len(first)} rows")
 
     def __len__(self) -> int:
         """Rows before any is left out. Reads all of a jsonl file."""

@@ -84,6 +84,14 @@ class Rules:
         """What is read of a columnar file."""
         return tuple(key for key in (self.input_key, self.label_key, self.metadata_key, self.tool_key) if key is not None)
 
+    @property
+    def optional_keys(self) -> dict[str, str]:
+        """Keys that somebody has named and that a row need not have, with their flags."""
+        named = {self.label_key: "--label-key", self.tool_key: "--tool-key"}
+        if self.metadata_key != Rules.metadata_key:
+            named[self.metadata_key] = "--metadata-key"
+        return {key: flag for key, flag in named.items() if key is not None}
+
     def prompt(self, row: Any, where: str) -> Prompt:
         """The row as a prompt; ValueError says what is wrong with it."""
         if not isinstance(row, dict):

@@ -60,6 +60,8 @@ class Collector:
         batches, most = selection.submitted // self.batch, self.config.max_over_sampling_batches
         if batches >= most:
             reasons = ", ".join(f"{reason} x{n}" for reason, n in selection.reasons.most_common(8))
+            if remarks := selection.dropped_remarks:
+                reasons += f" (remarks of their samples: {', '.join(f'{remark} x{n}' for remark, n in remarks.most_common(4))})"
             raise RuntimeError(
                 f"rollout {rollout_id}: of {batches} batches of {self.batch} prompts the filter has kept {len(selection.kept)} groups, and "
                 f"{selection.target} are needed; dropped: {reasons}. Relax --dynamic-sampling-filter-path, take prompts that suit the model, or "
@@ -156,6 +158,7 @@ class _Rollout:
         if self.collector.selects:
             values |= {"rollout/submitted_groups": selection.submitted, "rollout/aborted_groups": len(surplus),
                        "rollout/dropped_tokens": sum(tokens[n] for n in selection.dropped), "rollout/aborted_tokens": sum(tokens[n] for n in surplus)}
+        values |= {f"rollout/dynamic_filter/remarks/{remark}": n for remark, n in selection.dropped_remarks.items()}
         return values | {f"rollout/dynamic_filter/drop_{reason}": n for reason, n in selection.reasons.items()}
 
     def _ages(self, kept: Sequence[Group]) -> dict[str, float]:

@@ -29,6 +29,11 @@ class Selection:
         return len(self.kept) == self.target
 
     @property
+    def dropped_remarks(self) -> Counter[str]:
+        """Remarks of the samples of dropped groups: rewards that fail are all 0, so that filters drop just those groups."""
+        return Counter(remark for group in self.dropped.values() for sample in group for remark in sample.remarks)
+
+    @property
     def short(self) -> int:
         """How many groups are missing even if all that are in flight are kept."""
         return max(self.target - (self.submitted - len(self.dropped)), 0)

@@ -350,10 +350,12 @@ def run_metrics(run: Run) -> list[dict[str, Any]]:
 
 
 def drop_all(args: Any, samples: Group, **kwargs: Any) -> Verdict:
+    samples[0].remarks = ["reward_timeout"]     # as the reward pool leaves it
     return Verdict(False, "never")
 
 
 def test_a_filter_that_drops_everything_ends_the_run(whole_runs: Any) -> None:  # noqa: F811
     c = fresh(over_sampling_batch_size=6, dynamic_sampling_filter_path=f"{__file__}:drop_all", max_over_sampling_batches=3)
-    with pytest.raises(RuntimeError, match="rollout 0: of 3 batches of 6 prompts the filter has kept 0 groups.*4 are needed; dropped: never x1[58]"):
+    with pytest.raises(RuntimeError, match="rollout 0: of 3 batches of 6 prompts the filter has kept 0 groups.*4 are needed; dropped: never x(1[58]) "
+                                           r"\(remarks of their samples: reward_timeout x\1\)"):
         Run(c, random.randrange(9)).go()

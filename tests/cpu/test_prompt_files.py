@@ -124,10 +124,23 @@ def test_what_is_wrong_with_columns_is_said(tmp_path: Path, kind: str) -> None:
         open_source(path, Rules("question"))
     with pytest.raises(DataError, match=r"\[5\]: has no label 'label' .--label-key.*--skip-bad-rows"):
         open_source(path, Rules(label_key="label", label_required=True))
+    with pytest.raises(DataError, match="has no column 'answer' .--label-key., and the reward needs one; its columns are input, label, metadata"):
+        open_source(path, Rules(label_key="answer", label_required=True))
     file = next(Path(path).glob("data-00000-*.arrow")) if kind == "arrow" else Path(path)
     file.write_bytes(b"nonsense")
     with pytest.raises(DataError, match=f"{file}: cannot be read"):
         open_source(path, LABELLED)
+
+
+@pytest.mark.parametrize("lazy_above", [10**9, 0])
+def test_a_key_that_no_row_has_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture, lazy_above: int) -> None:
+    for kind in ("jsonl", "parquet"):
+        open_source(write(kind, tmp_path, rows(3)), Rules(label_key="labl", metadata_key="metadata", tool_key="tools"), lazy_above)
+        told = [record.getMessage().split(": ", 1)[1] for record in caplog.records]
+        first = "first " if lazy_above == 0 else ""
+        assert told == [f"none of its {first}3 rows has {key!r} ({flag}): there is nothing to read by it"
+                        for key, flag in (("labl", "--label-key"), ("tools", "--tool-key"))]
+        caplog.clear()
 
 
 # ---------------------------------------------------------------- lazily

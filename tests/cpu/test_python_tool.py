@@ -35,9 +35,11 @@ def test_what_is_printed_comes_back() -> None:
     ("print('x' * 10**6)", "output_limit", "[stopped: more than 100 bytes of output]"),
     ("import threading; t = threading.Thread(target=print, args=('hi',)); t.start(); t.join()", "ok", "hi"),
     ("open('f', 'w').write('x' * (1 << 25))", "error", "File too large"),
+    ("for i in range(10**6): open(f'f{i}', 'w').write('x' * 10**6)", "disk_limit", "[stopped: more than 64 MiB of files]"),
+    ("import shutil; open('a', 'w').write('x'); shutil.copy2('a', 'b'); print(open('b').read())", "ok", "x"),
 ])
 def test_how_code_ends(code: str, outcome: str, text: str) -> None:
-    result = run(code, cpu_s=1, output_bytes=100 if "10**6" in code else 4096, **({"wall_s": 2} if "sleep" in code else {}))
+    result = run(code, cpu_s=5 if "disk" in outcome else 1, output_bytes=100 if "output" in outcome else 4096, wall_s=2 if "sleep" in code else 60)
     assert result.outcome == outcome and text in result.output, result
 
 
@@ -46,7 +48,9 @@ HELD = {
               "import os; os.unlink({victim!r})", "import os; os.listdir('/')"],
     "calls": ["import os; os.fork()", "import socket; socket.socket()", "import os; os.kill(os.getppid(), 0)",
               "import os; os.execv('/bin/ls', ['ls'])", "import subprocess; subprocess.run(['ls'])",
-              "import multiprocessing as m; m.Process(target=print).start()"],
+              "import multiprocessing as m; m.Process(target=print).start()", "import os; os.truncate({victim!r}, 0)",
+              "import os; os.chown({victim!r}, 1, 1)", "import os; os.setxattr({victim!r}, 'user.a', b'b')",
+              "import os; os.setpriority(os.PRIO_USER, 0, 19)", "import os; os.sched_setaffinity(os.getppid(), [0])"],
     "limits": ["import resource; resource.setrlimit(resource.RLIMIT_CPU, (999, 999))"],
 }
 
@@ -60,6 +64,16 @@ def test_what_is_held_in(layers: set[str], tmp_path: Path, layer: str, code: str
     result = run(code.format(victim=str(victim)))
     assert result.outcome == "error" and any(text in result.output for text in ("not permitted", "Permission denied", "not allowed")), result
     assert victim.read_text() == "labels"
+
+
+def test_modes_and_times_of_files_stay(layers: set[str], tmp_path: Path) -> None:
+    if "calls" not in layers:
+        pytest.skip("this machine's kernel has no layer for calls")
+    victim = tmp_path / "victim"
+    victim.write_text("labels")
+    before = victim.stat()
+    assert run(f"import os; os.chmod({str(victim)!r}, 0); os.utime({str(victim)!r}, (1, 1))").outcome == "ok"
+    assert (victim.stat().st_mode, victim.stat().st_mtime) == (before.st_mode, before.st_mtime)
 
 
 def test_each_call_has_a_fresh_folder_and_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
