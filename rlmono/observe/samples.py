@@ -62,5 +62,5 @@ def prompt_text(prompt: str | list[dict[str, Any]]) -> str:
 def _content_text(content: Any) -> str:
     """OpenAI content: a string, or a list of parts, of which those without text are named by their type."""
     if isinstance(content, list):
-        return " ".join(part.get("text", f"[{part.get('type')}]") for part in content)
+        return " ".join(part.get("text", f"[{part.get('type')}]") if isinstance(part, dict) else str(part) for part in content)
     return "" if content is None else str(content)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
+import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import msgspec
 from rich.console import Console
@@ -22,7 +24,23 @@ MASKED = "yellow"
 OPEN, CLOSE = "⟦", "⟧"
 """Around what was masked, where there are no colours."""
 
-SHOWN = ("index", "group_index", "prompt", "response", "parts", "label", "reward", "status", "remarks")
+
+
+class Shown(msgspec.Struct):
+    """What is shown of a sample, and of which kind it must be."""
+
+    index: int = 0
+    group_index: int = 0
+    prompt: Union[str, list[dict[str, Any]]] = ""
+    response: str = ""
+    parts: list[tuple[int, str]] = []
+    label: Any = None
+    reward: Union[None, float, dict[str, Any]] = None
+    status: str = PENDING
+    remarks: list[str] = []
+    response_length: int = 0
+    prompt_length: Optional[int] = None
+
 
 Row = dict[str, Any]
 
@@ -50,6 +68,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--chars", type=int, default=4000, metavar="N", help="characters of a prompt or response to show at most (4000; 0 is all)")
     parser.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="auto: on a terminal")
     arguments = parser.parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")       # a terminal of another encoding
     colour = {"auto": None, "always": True, "never": False}[arguments.color]
     console = Console(force_terminal=colour, no_color=colour is False or None, highlight=False, soft_wrap=True)
     try:
@@ -80,10 +100,13 @@ def _row(path: Path, number: int, line: bytes) -> Row:
         raise ViewError(f"{path}:{number} is not JSON: {error}") from None
     if not isinstance(row, dict) or not isinstance(row.get("tokens", row.get("response")), (list, str)):
         raise ViewError(f"{path}:{number} is no sample: it has neither tokens nor a response")
-    length = row.get("response_length", 0)
-    lengths = {"response_length": length, "prompt_length": row.get("prompt_length", len(row.get("tokens", ())) - length)}
-    kept = {name: row[name] for name in SHOWN if name in row}
-    return {"index": 0, "group_index": 0, "status": PENDING, "response": "", **kept, **lengths}     # defaults are not written
+    try:
+        shown = msgspec.convert({name: row[name] for name in Shown.__struct_fields__ if name in row}, Shown)
+    except msgspec.ValidationError as error:
+        raise ViewError(f"{path}:{number} is no sample: {str(error).replace('`', '')}") from error
+    if shown.prompt_length is None:
+        shown.prompt_length = len(row.get("tokens", ())) - shown.response_length
+    return msgspec.structs.asdict(shown)
 
 
 def select(rows: Sequence[Row], arguments: argparse.Namespace) -> list[Row]:
@@ -95,6 +118,8 @@ def select(rows: Sequence[Row], arguments: argparse.Namespace) -> list[Row]:
         sign, n = (-1, arguments.best) if arguments.best is not None else (1, arguments.worst)
         rewarded = [row for row in wanted if reward_of(row, arguments.reward_key) is not None]
         wanted = sorted(rewarded, key=lambda row: sign * (reward_of(row, arguments.reward_key) or 0.0))[:n]
+    if not rows:
+        raise ViewError(f"{arguments.file} has no samples")
     if not wanted:
         raise ViewError(f"{arguments.file}: none of its {len(rows)} samples is what was asked for")
     return wanted
@@ -158,6 +183,15 @@ def _masked(text: str, console: Console) -> Text:
 
 def _short(text: str, chars: int) -> str:
     if not chars or len(text) <= chars:
-        return text
+        return _tame(text)
     half = chars // 2
-    return f"{text[:half]} … {len(text) - 2 * half:,} characters (--chars 0 shows all) … {text[len(text) - half:]}"
+    return _tame(f"{text[:half]} … {len(text) - 2 * half:,} characters (--chars 0 shows all) … {text[len(text) - half:]}")
+
+
+def _tame(text: str) -> str:
+    """A model's text as a terminal can stand it: what would move the cursor, change colours or turn the direction is written out."""
+    return "".join(c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs") and unicodedata.bidirectional(c) not in _TURNS
+                   else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+_TURNS = ("LRE", "LRO", "RLE", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")

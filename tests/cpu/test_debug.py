@@ -131,11 +131,23 @@ def test_long_texts_and_rewards_that_are_objects(tmp_path: Path, capsys: pytest.
     assert "rewards are objects; name the number with --reward-key: score, acc" in capsys.readouterr().err
 
 
+def test_a_models_text_does_nothing_to_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"prompt": "\x1b]0;title\x07", "response": "[bold]é\t\x1b[2J\r\u202e\x9b\n", "label": "\x00", "reward": 1}) + "\n")
+    text = shown(capsys, str(path), "--color", "never")
+    assert r"\x1b]0;title\x07" in text and r"\u202e\x9b" in text and r"label: \x00" in text
+    assert r"[bold]é \x1b[2J\r" in text
+
+
 def test_files_that_cannot_be_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str) -> None:
     (tmp_path / "bad.jsonl").write_text('{"response": "x"}\n{"respon')
     (tmp_path / "other.jsonl").write_text('{"loss": 1}\n')
+    (tmp_path / "typed.jsonl").write_text('{"response": "x", "reward": "good"}\n')
+    (tmp_path / "empty.jsonl").write_text("")
     for arguments, problem in (([f"{tmp_path}/none"], "none cannot be read: No such file"), ([f"{tmp_path}/bad.jsonl"], "bad.jsonl:2 is not JSON"),
                                ([f"{tmp_path}/other.jsonl"], "other.jsonl:1 is no sample"),
+                               ([f"{tmp_path}/typed.jsonl"], "typed.jsonl:1 is no sample: Expected float | object | null, got str - at $.reward"),
+                               ([f"{tmp_path}/empty.jsonl"], "empty.jsonl has no samples"),
                                ([file, "--failed"], "none of its 6 samples is what was asked for")):
         assert view.main(arguments) == 2
         assert problem in capsys.readouterr().err
