@@ -88,7 +88,8 @@ class Endpoint:
     @web.middleware
     async def _outcomes(self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
         """Who asks, and what becomes of it."""
-        session = self._sessions.get(request.headers.get("Authorization", "").removeprefix("Bearer "))
+        scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+        session = self._sessions.get(token) if scheme.lower() == "bearer" else None
         if session is None:
             self._strangers.append("endpoint_unauthorized")
             return _error(RequestError(401, "no session has this token (Authorization: Bearer …); one ends with its sample", "invalid_api_key"))
@@ -150,6 +151,8 @@ async def _body(request: web.Request) -> bytes:
             return await request.read()
     except web.HTTPRequestEntityTooLarge:
         raise RequestError(413, f"a body of more than {MOST_BYTES} bytes", "too_large", "endpoint_too_large") from None
+    except web.RequestPayloadError as e:
+        raise RequestError(400, f"the body cannot be read: {e}", "invalid_body") from None
     except TimeoutError:
         raise RequestError(408, f"the body did not come within {BODY_TIMEOUT_S:g} s", "timeout", "endpoint_slow_body") from None
 

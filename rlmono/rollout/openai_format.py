@@ -48,7 +48,7 @@ class _Common(msgspec.Struct):
 
     @property
     def stops(self) -> tuple[str, ...]:
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        return tuple(filter(None, (self.stop,) if isinstance(self.stop, str) else self.stop or ()))      # "" would end an answer at once
 
 
 class ChatRequest(_Common):
@@ -61,7 +61,7 @@ class ChatRequest(_Common):
 
 
 class CompletionRequest(_Common):
-    prompt: Union[str, list[Union[int, str]]] = ""
+    prompt: Union[str, list[Union[int, str, list[int]]]] = ""
     logprobs: Optional[int] = None
 
     @property
@@ -76,7 +76,7 @@ def parse(body: bytes, kind: type[Any]) -> Any:
     """A ChatRequest or CompletionRequest. RequestError (400) for anything else."""
     try:
         fields = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as e:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
         raise RequestError(400, f"the body is not JSON: {e}", "invalid_json") from None
     if not isinstance(fields, dict):
         raise RequestError(400, "the body must be a JSON object", "invalid_json")
@@ -111,6 +111,7 @@ def cleaned(message: Mapping[str, Any], number: int) -> dict[str, Any]:
     where = f"messages[{number}]"
     if not isinstance(role := message.get("role"), str):
         raise RequestError(400, f"{where} has no role", "invalid_value", param=where)
+    role = "system" if role == "developer" else role         # its newer name, which templates do not know
     out: dict[str, Any] = {"role": role, "content": _text(message.get("content"), where)}
     for name in ("name", "tool_call_id"):
         if isinstance(message.get(name), str):

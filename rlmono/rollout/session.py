@@ -223,7 +223,7 @@ class Session:
 
 def _prompt(given: Any, vocabulary: int) -> Union[str, list[int]]:
     """One text, or token ids. RequestError for anything else."""
-    prompt: Any = given[0] if isinstance(given, list) and len(given) == 1 and isinstance(given[0], str) else given
+    prompt: Any = given[0] if isinstance(given, list) and len(given) == 1 and isinstance(given[0], (str, list)) else given
     if not prompt or not isinstance(prompt, str) and not all(isinstance(i, int) and 0 <= i < vocabulary for i in prompt):
         raise RequestError(400, f"prompt must be one text, or a list of token ids from 0 to {vocabulary - 1}", "invalid_value", param="prompt")
     return prompt       # type: ignore[no-any-return]

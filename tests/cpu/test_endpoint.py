@@ -141,7 +141,7 @@ def test_several_choices_logprobs_lengths_and_stops(tokenizer: Tokenizer) -> Non
         assert [t.logprob for t in got.choices[1].logprobs.content] == log_probs(range(6), tokenizer.render("bc<|end|>"))
         got = await ask(client, ASK, max_completion_tokens=2)
         assert got.choices[0].finish_reason == "length" and got.choices[0].message.content == "de"
-        got = await ask(client, ASK, stop=["h"])
+        got = await ask(client, ASK, stop=["h", ""])
         assert got.choices[0].finish_reason == "stop" and got.choices[0].message.content == "g"
     done, engine = talk(tokenizer, options, ["a<|end|>", "bc<|end|>", "def", "gh"])
     assert [trained(tokenizer, s) for s in done.samples] == ["a<|end|>", "bc<|end|>", "de", "gh"], "what a stop cut off was sampled all the same"
@@ -173,7 +173,7 @@ def test_completions_go_on_from_text_and_from_ids(tokenizer: Tokenizer) -> None:
         await client.completions.create(model="policy", prompt="6*7=" + first.choices[0].text + " so ")
         ids = tokenizer.render("1+1=")
         await client.completions.create(model="policy", prompt=ids)
-        await client.completions.create(model="policy", prompt=ids + tokenizer.render("2") + [7], logprobs=1)
+        await client.completions.create(model="policy", prompt=[ids + tokenizer.render("2") + [7]], logprobs=1)
     done, engine = talk(tokenizer, completes, ["42.", "yes", "2", "ok"])
     assert [trained(tokenizer, s) for s in done.samples] == ["42.yes", "2ok"]
     assert [text(tokenizer, s) for s in done.samples] == ["6*7=42. so yes", f"1+1=2{tokenizer.decode([7])}ok"]
@@ -217,11 +217,13 @@ def refused(tokenizer: Tokenizer, what: Program, answers: Any = (), **options: A
 
 
 @pytest.mark.parametrize(("body", "text"), [
+    (b"[" * 100_000, "the body is not JSON"),
     (b"{", "the body is not JSON"), (b"[]", "must be a JSON object"), (b"\xff\xfe", "not JSON"), (b"{}", "messages is empty"),
     (b'{"messages": "hello"}', "Expected `array`"), (b'{"messages": [{"content": "1"}]}', "messages[0] has no role"),
     (b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "only text is supported"),
     (b'{"messages": [{"role": "assistant", "content": "1"}]}', "nothing to answer"),
     (b'{"messages": [{"role": "system", "content": "1"}]}', "the roles of this template"),
+    (b'{"messages": [{"role": "developer", "content": "1"}]}', "not system"),        # its newer name
     (b'{"messages": [{"role": "user", "content": "1"}], "n": 1000}', "n must be from 1 to"),
     (b'{"messages": [{"role": "user", "content": "1"}], "max_tokens": 0}', "max_tokens must be at least 1"),
     (b'{"messages": [{"role": "user", "content": "1"}], "response_format": {"type": "json_object"}}', "response_format"),
@@ -247,6 +249,7 @@ def test_strangers_and_wrong_paths(tokenizer: Tokenizer) -> None:
             await client.embeddings.create(model="policy", input="1")
         async with aiohttp.ClientSession() as http:
             assert (await http.get(f"{session.base_url}/models")).status == 401
+            assert (await http.get(f"{session.base_url}/models", headers={"Authorization": f"bearer {session.api_key}"})).status == 200
     assert refused(tokenizer, strange)[0] == ["endpoint_unauthorized", "endpoint_bad_request", "endpoint_unauthorized"]
 
 
@@ -278,7 +281,10 @@ def test_a_body_that_is_too_large_or_never_ends(tokenizer: Tokenizer, monkeypatc
         writer.write(head.encode() + b"{")
         assert b" 408 " in await reader.readline()
         writer.close()
-    assert refused(tokenizer, large)[0] == ["endpoint_too_large", "endpoint_slow_body"]
+        async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {session.api_key}", "Content-Encoding": "gzip"}) as http:
+            answer = await http.post(f"{session.base_url}/chat/completions", data=b"no gzip")
+            assert answer.status == 400 and "cannot be read" in await answer.text()
+    assert refused(tokenizer, large)[0] == ["endpoint_too_large", "endpoint_slow_body", "endpoint_bad_request"]
 
 
 def test_a_client_that_leaves_takes_its_request_out_of_the_engine(tokenizer: Tokenizer) -> None:
