@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 MOST_BYTES = 16 << 20
 BODY_TIMEOUT_S = 30.0
 CLOSE_TIMEOUT_S = 5.0
+SESSION = web.RequestKey("session", Session)
 
 
 class Endpoint:
@@ -99,7 +100,7 @@ class Endpoint:
         assert task is not None
         session.tasks.add(task)
         try:
-            request["session"] = session
+            request[SESSION] = session
             return await handler(request)
         except RequestError as e:
             session.remarks.append(e.outcome)
@@ -121,12 +122,12 @@ class Endpoint:
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         asked = parse(await _body(request), ChatRequest)
-        choices = await request["session"].chat(asked)
+        choices = await request[SESSION].chat(asked)
         return await self._reply(request, asked, chat_response(f"chatcmpl-{next(self._numbers)}", self.model, choices))
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:
         asked = parse(await _body(request), CompletionRequest)
-        choices = await request["session"].complete(asked)
+        choices = await request[SESSION].complete(asked)
         return await self._reply(request, asked, completion_response(f"cmpl-{next(self._numbers)}", self.model, choices))
 
     async def _models(self, request: web.Request) -> web.StreamResponse:
