@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -23,6 +24,7 @@ _BLANK = np.frombuffer(b" \t\n\r\x0b\x0c", np.uint8)
 class JsonLines:
     """A `RowFile`. Block k has the lines that begin in its `BLOCK_BYTES` bytes; lines of white space are no rows."""
 
+    names: Sequence[str] = ()
     window_blocks = WINDOW_BYTES // BLOCK_BYTES
 
     def __init__(self, path: str) -> None:

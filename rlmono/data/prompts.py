@@ -54,9 +54,6 @@ def open_source(spec: str, rules: Rules, lazy_above: int = LAZY_ABOVE_BYTES) -> 
         raise DataError(f"{spec}: the reward needs a label; name its key with --label-key")
     path, rows = split_slice(spec)
     file = _open(path, spec, rules)
-    columns = getattr(file, "names", None)
-    if rules.label_required and columns is not None and rules.label_key not in columns:
-        raise DataError(f"{path}: has no column {rules.label_key!r} (--label-key), and the reward needs one; its columns are {', '.join(columns)}")
     return LazySource(spec, file, rows, rules) if file.nbytes > lazy_above else PromptSource(spec, file, rows, rules)
 
 
@@ -77,7 +74,7 @@ class _Rows:
             row = self.file.row(id)
             if self._unseen and isinstance(row, dict):
                 self._unseen = {key: flag for key, flag in self._unseen.items() if key not in row}
-            return self.rules.prompt(row, self.file.where(id))
+            return self.rules.prompt(row, self.file.where(id), self.file.names)
         except ValueError as error:
             raise DataError(f"{self.file.locate(id)}: {error}") from error
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Optional, Protocol
 
@@ -30,6 +30,8 @@ class RowFile(Protocol):
     """The rows of a file or folder, in blocks of neighbours. A row has a number of the file's own choosing (`id`), ascending in file order."""
 
     path: str
+    names: Sequence[str]
+    """Its columns; empty where each row has keys of its own."""
     nbytes: int
     """Size of what is read when all rows are."""
     blocks: int
@@ -65,6 +67,7 @@ class RowFile(Protocol):
 class Rules:
     """Where a prompt's parts are in a row, and which prompts are wanted.
 
+    With `label_required` a row must have a label, unless its metadata names a reward of its own (`check` judges those).
     With `length_limit`, a row for which `length_of(prompt)` (tokens) is above it is left out; a ValueError of `length_of`, or of
     `check(prompt)`, makes the row a bad one.
     """
@@ -92,18 +95,18 @@ class Rules:
             named[self.metadata_key] = "--metadata-key"
         return {key: flag for key, flag in named.items() if key is not None}
 
-    def prompt(self, row: Any, where: str) -> Prompt:
-        """The row as a prompt; ValueError says what is wrong with it."""
+    def prompt(self, row: Any, where: str, columns: Sequence[str] = ()) -> Prompt:
+        """The row as a prompt; ValueError says what is wrong with it. `columns` there are, where a row has not all of them."""
         if not isinstance(row, dict):
             raise ValueError(f"must be a JSON object, not {kind(row)}")
         if self.input_key not in row:
             raise ValueError(f"has no {self.input_key!r} (--input-key); its keys are {', '.join(row) or 'none'}")
-        label = row.get(self.label_key) if self.label_key is not None else None
-        if self.label_required and (label is None or label == "" or label == []):
-            raise ValueError(f"has no label {self.label_key!r} (--label-key), and the reward needs one; its keys are {', '.join(row)}")
         metadata = _decoded(row.get(self.metadata_key), self.metadata_key, "--metadata-key")
         if not isinstance(metadata, (dict, type(None))):
             raise ValueError(f"{self.metadata_key!r} (--metadata-key) must be a JSON object, not {kind(metadata)}")
+        label = row.get(self.label_key) if self.label_key is not None else None
+        if self.label_required and not (metadata or {}).get("rm_type") and (label is None or label == "" or label == []):
+            raise ValueError(f"has no label {self.label_key!r} (--label-key), and the reward needs one; its keys are {', '.join(columns or row)}")
         tools = _tools(row.get(self.tool_key), self.tool_key) if self.tool_key is not None else None
         return Prompt(_prompt(row[self.input_key], self.input_key), label, metadata or {}, tools, where)
 

@@ -189,7 +189,10 @@ class _Traffic:
             message = self._link.receive_now()
             if message is None:
                 break
-            requests.append(self._to_sglang(message))
+            try:
+                requests.append(self._to_sglang(message))
+            except _Refused as refusal:
+                self._link.send(Outputs([Output(refusal.rid, [], [], "abort", self._engine.weight_version, error=str(refusal))]))
             if isinstance(message, EndPhase):       # what follows is for the next phase
                 break
         return requests
@@ -242,16 +245,27 @@ def _refusal(reason: Mapping[str, Any]) -> str:
     return str(reason.get("message") or "") if reason.get("status_code") is not None else ""
 
 
+class _Refused(Exception):
+    """A request that SGLang cannot be given: its sample fails, and nothing else."""
+
+    def __init__(self, rid: str, why: str):
+        super().__init__(why)
+        self.rid = rid
+
+
 def _generate_request(message: Generate, tokenizer: Any) -> Any:
     from array import array
 
     from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
     from sglang.srt.sampling.sampling_params import SamplingParams
     s = message.sampling
-    params = SamplingParams(max_new_tokens=s.max_new_tokens, temperature=s.temperature, top_p=s.top_p, top_k=s.top_k,
-                            stop_token_ids=list(s.stop_token_ids) or None, ignore_eos=s.ignore_eos, sampling_seed=s.seed, stop=list(s.stop) or None)
-    params.normalize(tokenizer)
-    params.verify(1 << 30)
+    try:
+        params = SamplingParams(max_new_tokens=s.max_new_tokens, temperature=s.temperature, top_p=s.top_p, top_k=s.top_k, ignore_eos=s.ignore_eos,
+                                stop_token_ids=list(s.stop_token_ids) or None, sampling_seed=s.seed, stop=list(s.stop) or None)
+        params.normalize(tokenizer)         # reads strings that end a response with the tokenizer, which raises bare Exceptions
+        params.verify(1 << 30)
+    except Exception as error:
+        raise _Refused(message.rid, f"sampling parameters: {error}") from error
     return TokenizedGenerateReqInput(
         rid=message.rid, input_text=None, input_ids=array("q", message.input_ids), input_embeds=None, mm_inputs=None, token_type_ids=None,
         sampling_params=params, return_logprob=True, logprob_start_len=-1, top_logprobs_num=0, token_ids_logprob=None, stream=False)

@@ -124,7 +124,7 @@ def test_what_is_wrong_with_columns_is_said(tmp_path: Path, kind: str) -> None:
         open_source(path, Rules("question"))
     with pytest.raises(DataError, match=r"\[5\]: has no label 'label' .--label-key.*--skip-bad-rows"):
         open_source(path, Rules(label_key="label", label_required=True))
-    with pytest.raises(DataError, match="has no column 'answer' .--label-key., and the reward needs one; its columns are input, label, metadata"):
+    with pytest.raises(DataError, match="has no label 'answer' .--label-key., and the reward needs one; its keys are input, label, metadata"):
         open_source(path, Rules(label_key="answer", label_required=True))
     file = next(Path(path).glob("data-00000-*.arrow")) if kind == "arrow" else Path(path)
     file.write_bytes(b"nonsense")

@@ -193,11 +193,13 @@ def test_prompts_that_can_be_judged() -> None:
 
 def test_a_line_that_cannot_be_judged_is_named(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
-    path.write_text('{"input": "1+1", "label": "2"}\n{"input": "which?", "metadata": {"rm_type": "gpqa"}}\n')
+    path.write_text('{"input": "1+1", "label": "2"}\n{"input": "which?", "metadata": {"rm_type": "gpqa"}}\n'
+                    '{"input": "any", "metadata": {"rm_type": "random"}}\n')
 
     def rows(skip: bool) -> int:
-        rules = Rules(label_key="label", skip_bad_rows=skip, check=lambda p: check_prompt(options(rm_type="math"), p.label, p.metadata))
+        rules = Rules(label_key="label", label_required=True, skip_bad_rows=skip,
+                      check=lambda p: check_prompt(options(rm_type="math"), p.label, p.metadata))
         return len(open_source(str(path), rules))
     with pytest.raises(DataError, match=r"data.jsonl:2: gpqa: nothing says which choice is right.*--skip-bad-rows"):
         rows(skip=False)
-    assert rows(skip=True) == 1
+    assert rows(skip=True) == 2

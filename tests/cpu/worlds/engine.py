@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import tiny
 import torch
 import torch.distributed as dist
@@ -295,6 +296,14 @@ def case_a_prompt_that_is_too_long_is_answered() -> None:
         got = serve(on_first(batch))
         refused = got[too_long.rid]
         assert refused.finish == "abort" and refused.output_ids == refused.log_probs == [] and "5000" in refused.error, refused
+    assert len(got[other.rid].output_ids) == 4 and got[other.rid].error == ""
+
+
+def case_parameters_that_sglang_does_not_know_are_answered() -> None:
+    bad, other = request(1, PROMPTS[0], 4, seed=1), request(2, PROMPTS[0], 4, seed=2)
+    bad.sampling = msgspec.structs.replace(bad.sampling, top_k=-7)
+    got = serve(on_first([bad, other]))
+    assert got[bad.rid].finish == "abort" and "top_k" in got[bad.rid].error and got[bad.rid].output_ids == [], got
     assert len(got[other.rid].output_ids) == 4 and got[other.rid].error == ""
 
 
