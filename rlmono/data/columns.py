@@ -30,7 +30,7 @@ class Columns:
 
     def __init__(self, path: str, files: Sequence[Path], columns: Sequence[str]) -> None:
         self.path, self.files, self._wanted = path, list(files), columns
-        self.names: list[str] = []
+        self.names: Sequence[str] = []
         self._first = [0]
         self._sizes: list[int] = []
         self._decoded: OrderedDict[int, Block] = OrderedDict()

@@ -51,6 +51,10 @@ ELSEWHERE = "elsewhere"
 """The remark of an Outcome which says that the function is async, so it belongs to another worker."""
 
 
+OUT_OF_MEMORY = "reward_out_of_memory"
+"""The remark of an Outcome after which its worker is replaced: the memory may be kept for good."""
+
+
 class Outcome(msgspec.Struct, array_like=True):
     """A worker's result of a Task: a value for each sample, None where there is none because of `remark`."""
 

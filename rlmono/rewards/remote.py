@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, cast
 import msgspec
 
 from rlmono.rewards import RewardError
-from rlmono.rewards.protocol import LENGTH, Outcome, Ready, Setup, frame
+from rlmono.rewards.protocol import LENGTH, OUT_OF_MEMORY, Outcome, Ready, Setup, frame
 
 logger = logging.getLogger(__name__)
 
@@ -99,10 +99,13 @@ class RemoteWorker:
         self._ready = False
         self._answered_at = 0.0
         self._condemned: set[int] = set()
+        self._full = False
+        """A reward has exhausted the process's memory, and may keep it: it is replaced."""
 
     async def start(self) -> None:
         """Starts the process and waits until its reward is loaded; RewardError says why it is not."""
         self._condemned.clear()
+        self._full = False
         loop = asyncio.get_running_loop()
         self._first = loop.create_future()
         # The worker finds the modules that this process finds; a session of its own, so that it and its children die together.
@@ -152,11 +155,21 @@ class RemoteWorker:
         self._answered_at = time.monotonic()
         pairs: list[tuple[Item, Outcome]] = []
         for outcome in map(_decode_outcome, frames):
+            if outcome.remark == OUT_OF_MEMORY and self._is_not_its_own(outcome):
+                continue
             item = self.in_flight.pop(outcome.id, None)
             if item is not None:
                 pairs.append((item, outcome))
                 self._task_s += (outcome.seconds - self._task_s) / 16
         self._settle(pairs)
+
+    def _is_not_its_own(self, outcome: Outcome) -> bool:
+        """Ends the process after an outcome for want of memory. True where others may have taken it: the task is then done again, by the next."""
+        others = self._full or (self.concurrent and len(self.in_flight) > 1)
+        if outcome.id in self.in_flight and not self._full:
+            self._full, self._ready = True, False
+            self._kill()
+        return others
 
     async def end(self) -> None:
         """Until the process has ended. (Bounded by the pool's watch, which kills.) Raises what its messages are wrong with."""
@@ -179,7 +192,7 @@ class RemoteWorker:
     async def bury(self) -> tuple[list[Item], list[Item], Death]:
         """After the process has ended (or to end it): the samples to blame, the others, and the cause.
 
-        Of several async rewards at work none can be told to be the cause of a crash: they become suspects.
+        Of several async rewards at work none can be told to be the cause of a crash, or to have the memory: they become suspects.
         """
         self._ready = False
         self._kill()
@@ -188,6 +201,10 @@ class RemoteWorker:
         if self._condemned:
             culprits = [item for item in items if item.id in self._condemned]
             death = Death("reward_timeout", "")
+        elif self._full:
+            culprits, death = [], Death(OUT_OF_MEMORY, "")
+            for item in items if self.concurrent else ():
+                item.suspect = True
         else:
             running = items if self.concurrent else items[:1]
             culprits = running if len(running) == 1 else []

@@ -28,7 +28,7 @@ import msgspec
 from rlmono.rewards import RewardFailure
 from rlmono.rewards.answers import last_boxed
 from rlmono.rewards.load import LoadError, load_function
-from rlmono.rewards.protocol import ELSEWHERE, LENGTH, Outcome, Ready, Setup, Task, frame
+from rlmono.rewards.protocol import ELSEWHERE, LENGTH, OUT_OF_MEMORY, Outcome, Ready, Setup, Task, frame
 
 _decode_task = msgspec.msgpack.Decoder(Task).decode
 _PR_SET_PDEATHSIG = 1
@@ -173,7 +173,7 @@ def _failure(id: int, error: BaseException) -> Outcome:
         return Outcome(id, remark=error.remark, detail=error.detail or str(error))
     last = traceback.extract_tb(error.__traceback__)[-1]
     out_of_memory = isinstance(error, MemoryError)
-    return Outcome(id, remark="reward_out_of_memory" if out_of_memory else "reward_error",
+    return Outcome(id, remark=OUT_OF_MEMORY if out_of_memory else "reward_error",
                    where=f"{type(error).__name__} at {last.filename}:{last.lineno}",
                    detail=("above --reward-memory-limit-gb: " if out_of_memory else "") + "".join(traceback.format_exception(error))[-10_000:])
 

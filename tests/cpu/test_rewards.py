@@ -162,6 +162,7 @@ from rlmono.rewards import RewardFailure
 
 CYCLE = {"score": 1.0}
 CYCLE["self"] = CYCLE
+KEPT = []
 
 def plain(args, sample, **kwargs):
     """Does what the response says."""
@@ -180,6 +181,9 @@ def plain(args, sample, **kwargs):
     if word == "memory":
         kept = []
         while True: kept.append(bytearray(1 << 26))
+    if word == "leak":
+        while True: KEPT.append(bytearray(1 << 26))
+    if word == "some": bytearray(1 << 27)
     if word == "segfault": ctypes.string_at(0)
     return {"nan": math.nan, "inf": -math.inf, "none": None, "text": "1", "true": True, "numpy": np.float32(0.5), "list": [1.0],
             "dict": {"score": 0.25, "pred": np.int64(3)}, "large": {"score": 1, "pred": "x" * (17 << 20)} if word == "large" else 0, "cycle": CYCLE,
@@ -190,6 +194,7 @@ async def waits(args, sample, **kwargs):
     if word == "block": time.sleep(30)
     if word == "raise": raise asyncio.TimeoutError("of a judge")
     if word == "die": os._exit(1)
+    if word in ("leak", "some"): await asyncio.sleep(0.1); plain(args, sample)
     await asyncio.sleep(float(rest or 0))
     return 1.0
 
@@ -352,6 +357,15 @@ def test_memory_limit(use: Callable[..., None]) -> None:
         assert [r.remark for r in await scores(pool, "ok", "memory", "ok")] == [None, "reward_out_of_memory", None]
     use(body, reward_memory_limit_gb=0.5, reward_timeout_s=10.0)
     assert Config().reward_memory_limit_gb == 4.0
+
+
+@pytest.mark.parametrize("function", ["plain", "waits"])
+def test_memory_that_a_reward_keeps_costs_no_other_sample(use: Callable[..., None], function: str) -> None:
+    async def body(pool: RewardPool) -> None:
+        results = await scores(pool, "some", "leak", "some", "some")
+        assert [r.remark for r in results] == [None, "reward_out_of_memory", None, None]
+        assert pool.outcomes == {"ok": 3, "reward_out_of_memory": 1}
+    use(body, function, reward_memory_limit_gb=0.5, reward_timeout_s=10.0, reward_workers=1)
 
 
 # ---------------------------------------------------------------- groups, and functions of both kinds
