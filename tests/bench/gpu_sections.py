@@ -64,13 +64,13 @@ def packs(rig: Rig) -> tuple[Any, int]:
 
 def train_local(rig: Rig) -> None:
     """The section train with rlmono's own kernels, and the ceiling of the same run; a process of its own, whose trainer is built so."""
-    _ceilings(rig)
+    ceilings(rig)
     train(rig, "train_local", "train with rlmono's own kernels")
 
 
 def train_te(rig: Rig) -> None:
     """The same with Transformer Engine's."""
-    _ceilings(rig)
+    ceilings(rig)
     train(rig, "train_te", "train with Transformer Engine's attention and norms")
 
 
