@@ -177,17 +177,15 @@ def swap(rig: Rig) -> None:
         for h in holdings:
             h.reserve(memory.host)
         gib = sum(h.nbytes for h in holdings) / GIB
-        rates: dict[str, list[float]] = {"out": [], "in": [], f"in, {REST_S} s after memory was freed": []}
-        for rested in (False, True):
-            for i in range(4):
-                out = rig.timed(lambda: _out(rig, holdings))        # noqa: B023 - called at once
-                time.sleep(REST_S if rested else 0)
-                back = rig.timed(lambda: _in(holdings))             # noqa: B023
-                if i:
-                    rates["out"].append(gib / out)
-                    rates["in" if not rested else f"in, {REST_S} s after memory was freed"].append(gib / back)
+        rates: dict[str, list[float]] = {"out": [], "in": []}
+        for rest_s in ((0, REST_S) if rung == "optimizer" else (0,)):
+            back = rates.setdefault(f"in, {REST_S} s after memory was freed" if rest_s else "in", [])
+            for _ in range(4):
+                rates["out"].append(gib / rig.timed(lambda: _out(rig, holdings)))       # noqa: B023 - called at once
+                time.sleep(rest_s)
+                back.append(gib / rig.timed(lambda: _in(holdings)))     # noqa: B023
         for way, found in rates.items():
-            rate, top = statistics.median(found), rig.ceiling.get("to_device" if way.startswith("in") else "to_host", float("nan")) / GIB
+            rate, top = statistics.median(found[1:]), rig.ceiling.get("to_device" if way.startswith("in") else "to_host", float("nan")) / GIB
             rig.figure(f"swap {rung}, {way}: share of the pinned copy rate", rate / top, "", ">= 0.95", f"{top:.1f} GiB/s",
                        f"{rate:.1f} GiB/s, {gib:.1f} GiB")
         rig.write("swap")
