@@ -15,6 +15,7 @@ from rlmono.config.evals import eval_sets
 from rlmono.config.schema import Config
 from rlmono.config.show import resolved
 from rlmono.data.tokenizer import Tokenizer
+from rlmono.loop.stalls import watched
 from rlmono.loop.world import RunPlan, RunRefused, Source, World
 from rlmono.observe.metrics import MetricsLog
 from rlmono.observe.progress import Progress
@@ -67,7 +68,8 @@ async def _serve(world: World, folder: PrivateFolder) -> None:
     world.store.set(f"node/{world.launch.node}/address", folder.address)
     await host.start()
     try:
-        await serve_node(host, mesh, world.config.heartbeat_timeout_s)
+        with watched(world.config.heartbeat_timeout_s, f"the loop of host rank {world.rank}"):
+            await serve_node(host, mesh, world.config.heartbeat_timeout_s)
     finally:
         await host.close()
         mesh.close()
@@ -106,7 +108,8 @@ async def _control(world: World, folder: PrivateFolder, prompts: Prompts | Saved
     try:
         await cluster.start()
         store = CheckpointStore(config, world.attempt) if config.save else None
-        await Controller(config, cluster, prompts, store, metrics, progress, world.run_dir, plan.start).run()
+        with watched(config.heartbeat_timeout_s, f"the loop of host rank {world.rank}, the controller,"):
+            await Controller(config, cluster, prompts, store, metrics, progress, world.run_dir, plan.start).run()
     except BaseException as e:
         error = f"{type(e).__name__}: {e}"
         raise
