@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 _INTEGER = re.compile(r"-?\d+")
 _FRACTION = re.compile(r"-?\\frac\{\d+\}\{\d+\}")
 # Towers of powers and long exponents take for ever.
-_ENDLESS = re.compile(r"\^\{?[^{}^]*\^|\^\{?\d{4,}|\d{4,}!|!!")
+_ENDLESS = re.compile(r"\^\{?[^{}^]*\^|\^\{?\d{4,}|\)\^\{?\d{3,}|\d{4,}!|!!")
 _LONGEST = 300
 
 

@@ -87,7 +87,7 @@ def test_equal_and_unequal_answers(reward: Callable[..., float], label: str, ans
 
 
 @pytest.mark.parametrize("label, answer", [("62", "27+35"), (r"\frac12", r"\frac24"), ("1000", "10^3"), ("7", "9^{9^{9^9}}"),
-                                           ("x", "9^{9^{9^9}}")])
+                                           ("x", "9^{9^{9^9}}"), ("x", "x^{999}-(x+1)^{999}")])
 def test_deepscaler_wants_it_worked_out(label: str, answer: str) -> None:
     assert deepscaler.reward(None, Sample(label=label, response=rf"</think>\boxed{{{answer}}}")) == 0.0
 

@@ -309,8 +309,8 @@ def thesis(response: str) -> bool:
 
 def sub_bullets(response: str) -> bool:
     """Bullets with *, and at least one sub-bullet with - for each."""
-    parts = re.split(r"^\s*\*\s", response, flags=re.MULTILINE)[1:]
-    return bool(parts) and all(re.search(r"^\s*-\s", part, re.MULTILINE) for part in parts)
+    parts = re.split(r"^[^\S\n]*\*\s", response, flags=re.MULTILINE)[1:]
+    return bool(parts) and all(re.search(r"^[^\S\n]*-\s", part, re.MULTILINE) for part in parts)
 
 
 def no_bullets_bullets(response: str) -> bool:

@@ -72,7 +72,7 @@ def postscript(response: str, postscript_marker: str = "P.S.") -> bool:
 
 def number_bullet_lists(response: str, num_bullets: int) -> bool:
     """Exactly so many lines that begin with * or -."""
-    return len(re.findall(r"^\s*(?:\*[^*\n]|-[^-\n])", response, re.MULTILINE)) == num_bullets
+    return len(re.findall(r"^[^\S\n]*(?:\*[^*\n]|-[^-\n])", response, re.MULTILINE)) == num_bullets
 
 
 def constrained_response(response: str) -> bool:
@@ -91,17 +91,17 @@ def multiple_sections(response: str, section_spliter: str, num_sections: int) ->
 
 def json_format(response: str) -> bool:
     """The whole is JSON, in a fenced block or not."""
-    body = re.sub(r"^```(?:json)?\s*|\s*```$", "", response.strip(), flags=re.IGNORECASE)
+    body = re.sub(r"^```(?:json)?|```$", "", response.strip(), flags=re.IGNORECASE)
     try:
         json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 
 
 def title(response: str) -> bool:
     """There is a title in double angular brackets, <<like this>>."""
-    return any(found.strip("<> ") for found in re.findall(r"<<[^\n]+?>>", response))
+    return any(line.partition("<<")[2].rpartition(">>")[0].strip("<> ") for line in response.split("\n"))
 
 
 def two_responses(response: str) -> bool:
