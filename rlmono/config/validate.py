@@ -383,7 +383,7 @@ def _data(config: Config) -> Iterator[str]:
             yield from (f"eval_config {config.eval_config}: set {s.name!r}: {problem}" for problem in problems)
     for name, path in (*(("prompt_data", p) for p in config.prompt_data or ()), *((option, s.path) for s in sets)):
         if not _file(path).exists():
-            yield f"{name} {path}: there is no such file"
+            yield f"{name} {path}: there is no such file" + ("; a slice is written path@[start:end]" if "@" in _file(path).name else "")
     yield from _weights(config)
     if config.eval_interval is not None and not sets:
         yield f"eval_interval {config.eval_interval} needs --eval-prompt-data or --eval-config"
@@ -444,7 +444,7 @@ def _rows_name_reward(config: Config) -> bool:
 
 def _file(path: str) -> Path:
     """The path without its slice `@[a:b]`."""
-    return Path(re.sub(r"@\[.*\]$", "", path))
+    return Path(re.sub(r"@\[(-?\d+)?:(-?\d+)?\]$", "", path))
 
 
 CHECKS: tuple[Callable[[Config], Iterator[str]], ...] = (

@@ -292,6 +292,7 @@ def test_wrong_env_file(small: Callable[..., Config], tmp_path: Path) -> None:
     ("--prompt-data-weights 1 2", "prompt_data_weights 1.0 2.0 has 2 value(s) for 1 --prompt-data: give one for each"),
     ("--prompt-data-weights 0", "prompt_data_weights 0.0: each must be above 0"),
     ("--prompt-data /nowhere.jsonl@[0:5]", "prompt_data /nowhere.jsonl@[0:5]: there is no such file"),
+    ("--prompt-data /nowhere.jsonl@[a:b]", "/nowhere.jsonl@[a:b]: there is no such file; a slice is written path@[start:end]"),
     ("--ref-load /nowhere", "ref_load /nowhere does not exist"),
     ("--hf-checkpoint /nowhere", "flag --hf-checkpoint: /nowhere is not a folder; download the model first"),
     ("--over-sampling-batch-size 8", "over_sampling_batch_size 8 is below rollout_batch_size 32"),
