@@ -26,6 +26,7 @@ from rlmono.rollout.cluster import Cluster
 from rlmono.rollout.collect import Collector
 from rlmono.rollout.debug import SavedRollouts, save_rollout
 from rlmono.rollout.evaluation import Evaluation
+from rlmono.rollout.failures import refuse_without_rewards
 from rlmono.rollout.prompts import Prompts
 from rlmono.rollout.sampling import rollout_sampling
 
@@ -91,8 +92,9 @@ class Controller:
         per_device = loads.tokens / seconds / len(self.cluster.grid.engine_ranks)
         self._spent |= {**done.values, **loads.end(), "rollout/generated_tokens": loads.tokens, "perf/rollout_time": seconds,
                         "perf/tokens_per_gpu_per_sec": per_device}
-        write_samples(self.run_dir / "samples" / f"rollout_{rollout_id}.jsonl", [s for g in done.groups for s in g], c.log_samples,
-                      self.prompts.tokenizer.decode)
+        samples = [s for g in done.groups for s in g]
+        write_samples(self.run_dir / "samples" / f"rollout_{rollout_id}.jsonl", samples, c.log_samples, self.prompts.tokenizer.decode)
+        refuse_without_rewards(f"rollout {rollout_id}", samples)
         return done.groups
 
     def _save_debug_data(self, rollout_id: int, groups: list[Group]) -> None:

@@ -9,7 +9,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from rlmono.data.sample import Sample
 from rlmono.world.messages import Failure
+
+REWARD_FAILURES = ("reward_", "remote_rm_")
+"""How remarks begin that say a sample has no judgement. Others are names that a reward function gives itself."""
+FEW = 8
+"""So few samples can all have failed by chance."""
 
 
 class Failures:
@@ -40,3 +46,13 @@ class Failures:
     def counts(self, prefix: str) -> dict[str, float]:
         """The phase's so far, as metrics."""
         return {f"{prefix}{name}": float(n) for name, n in self._counts.items()}
+
+
+def refuse_without_rewards(what: str, samples: Sequence[Sample]) -> None:
+    """Raises RuntimeError where not one of many samples could be judged: a mistake in the reward, or its server is gone. One that fails costs its
+    own sample; when all do, there is nothing to train on."""
+    failed = Counter(next((r for r in s.remarks if r.startswith(REWARD_FAILURES)), "") for s in samples)
+    if len(samples) >= FEW and not failed[""]:
+        names = ", ".join(f"{n} x {name}" for name, n in failed.most_common())
+        raise RuntimeError(f"{what}: none of {len(samples)} samples could be judged ({names}): nothing can be learned from it. The log of this "
+                           "rank has the first of each cause")

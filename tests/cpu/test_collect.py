@@ -56,6 +56,7 @@ def config(**values: Any) -> Config:
     ("check_not_all_truncated", [msgspec.structs.replace(s, status=TRUNCATED) for s in group(0)], (False, "all_truncated")),
     ("check_no_overlong", group(0), (False, "overlong")),
     ("check_reward_failed", group(0, remarks=["reward_timeout"]), (False, "reward_timeout")),
+    ("check_reward_failed", group(0, remarks=["remote_rm_down"]), (False, "remote_rm_down")),
     ("check_reward_failed", group(0, remarks=["refused"]), (True, None)),
 ])
 def test_filters(name: str, samples: Group, expected: tuple[bool, str | None]) -> None:

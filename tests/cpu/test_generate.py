@@ -20,7 +20,7 @@ from rlmono.data.tokenizer import Tokenizer, TokenizerError
 from rlmono.rewards.load import LoadError
 from rlmono.rollout.batch import rollout_statistics, train_batches
 from rlmono.rollout.cluster import Cluster
-from rlmono.rollout.failures import Failures
+from rlmono.rollout.failures import Failures, refuse_without_rewards
 from rlmono.rollout.filters import Verdict, check_reward_nonzero_std, judge
 from rlmono.rollout.functions import adapted
 from rlmono.rollout.generate import as_dict, as_sampling
@@ -385,6 +385,16 @@ def test_too_many_failures_end_the_run_with_the_last_ones_text() -> None:
     failures.add(failed(1))         # one always may
     with pytest.raises(RuntimeError, match="2 of 4"):
         failures.add(failed(1))
+
+
+def test_a_rollout_in_which_no_reward_came_ends_the_run() -> None:
+    ill = [Sample(reward=0.0, remarks=["python_timeout", "reward_error" if i % 3 else "remote_rm_down"]) for i in range(8)]
+    with pytest.raises(RuntimeError, match=r"rollout 2: none of 8 samples could be judged \(5 x reward_error, 3 x remote_rm_down\)"):
+        refuse_without_rewards("rollout 2", ill)
+    refuse_without_rewards("rollout 2", ill[1:])                                                    # too few to say
+    refuse_without_rewards("rollout 2", [*ill, Sample(reward=0.0)])
+    refuse_without_rewards("rollout 2", [Sample(reward=0.0, remarks=["no_response"])] * 8)          # the reward function says so itself
+    refuse_without_rewards("rollout 2", [])
 
 
 def test_a_mistake_in_the_function_ends_the_run_within_its_first_calls(tokenizer: Tokenizer) -> None:
