@@ -178,9 +178,6 @@ def plain(args, sample, **kwargs):
     if word == "leave": os._exit(4)
     if word == "print": print("noise", flush=True); sys.stdin.read()
     if word == "args": return args.rollout_batch_size + 0.5 * (args.prompt_data is None)
-    if word == "memory":
-        kept = []
-        while True: kept.append(bytearray(1 << 26))
     if word == "leak":
         while True: KEPT.append(bytearray(1 << 26))
     if word == "some": bytearray(1 << 27)
@@ -351,21 +348,14 @@ def test_a_worker_that_does_not_come_up_again_ends_the_run(use: Callable[..., No
     use(body)
 
 
-def test_memory_limit(use: Callable[..., None]) -> None:
-    """A reward that allocates for ever costs its own sample, with the limit that is there by default as with another."""
-    async def body(pool: RewardPool) -> None:
-        assert [r.remark for r in await scores(pool, "ok", "memory", "ok")] == [None, "reward_out_of_memory", None]
-    use(body, reward_memory_limit_gb=0.5, reward_timeout_s=10.0)
-    assert Config().reward_memory_limit_gb == 4.0
-
-
 @pytest.mark.parametrize("function", ["plain", "waits"])
-def test_memory_that_a_reward_keeps_costs_no_other_sample(use: Callable[..., None], function: str) -> None:
+def test_memory_that_a_reward_takes_and_keeps_costs_no_other_sample(use: Callable[..., None], function: str) -> None:
     async def body(pool: RewardPool) -> None:
         results = await scores(pool, "some", "leak", "some", "some")
         assert [r.remark for r in results] == [None, "reward_out_of_memory", None, None]
         assert pool.outcomes == {"ok": 3, "reward_out_of_memory": 1}
     use(body, function, reward_memory_limit_gb=0.5, reward_timeout_s=10.0, reward_workers=1)
+    assert Config().reward_memory_limit_gb == 4.0
 
 
 # ---------------------------------------------------------------- groups, and functions of both kinds

@@ -16,7 +16,7 @@ from rlmono.loop.stalls import Stalled, watched
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stalls, "LOOK_S", 0.05)
+    monkeypatch.setattr(stalls, "LOOK_S", 0.02)
     monkeypatch.setattr(stalls, "WARN_S", 0.1)
     monkeypatch.setattr(stalls, "LEAST_S", 0.1)
 
@@ -47,9 +47,9 @@ def test_what_holds_up_the_loop_fails_and_the_rest_goes_on(blocks: object, caplo
 
 def test_a_loop_that_goes_round_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:
     async def run() -> None:
-        with watched(0.4, "the loop"):
-            await asyncio.sleep(0.6)
-        time.sleep(0.5)         # nobody looks any more
+        with watched(0.3, "the loop"):
+            await asyncio.sleep(0.4)
+        time.sleep(0.3)         # nobody looks any more
     asyncio.run(run())
     assert not caplog.records
 
