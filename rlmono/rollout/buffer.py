@@ -44,7 +44,10 @@ class DataBuffer:
         if n <= 0 or not self.groups:
             return []
         known, left = {_number(g): g for g in self.groups}, list(self.groups)
-        taken = self._pop(self.config, rollout_id, left, n)
+        try:
+            taken = self._pop(self.config, rollout_id, left, n)
+        except Exception as e:
+            raise RuntimeError(f"--buffer-filter-path {self.config.buffer_filter_path}: {type(e).__name__}: {e}") from e
         self._check(taken, left, known, n)
         mine = {_number(g) for g in taken}
         rest = {_number(g) for g in left} - mine        # one that it forgot to take out of the buffer must not be trained on twice

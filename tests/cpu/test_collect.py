@@ -183,7 +183,7 @@ def test_a_users_buffer_filter_chooses_and_what_it_throws_away_is_counted() -> N
 
 @pytest.mark.parametrize(("how", "text"), [("many", "returned 4 groups, and was asked for 2"), ("twice", "a group twice"),
                                            ("strange", "not in the buffer"), ("half", "changed the number of samples"),
-                                           ("none", "must return a list")])
+                                           ("none", "must return a list"), ("other", "KeyError: 'other'")])
 def test_a_buffer_filter_that_makes_no_sense_is_named(how: str, text: str) -> None:
     with pytest.raises(RuntimeError, match=f"--buffer-filter-path .*bad_filter.*{text}"):
         buffer_with("bad_filter", dynamic_sampling_filter_path=how).take(1, 2)
