@@ -21,8 +21,9 @@ def has_triton() -> bool:
 
 
 def fused(function: F) -> F:
-    """`function` (tensors first) compiled for the GPU at its first call there, with lengths that may change. One that can't be compiled here,
-    for want of a compiler say, is told once and runs as it is."""
+    """`function` (a tensor first) compiled for the GPU at its first call there. Its tensors' first dimension, tokens, may change; of others each
+    size has kernels of its own: inductor keeps kernels on disk, and those that a run of a small vocabulary has left are seven times slower on a
+    large one. A function that can't be compiled here, for want of a compiler say, is told once and runs as it is."""
     compiled: list[Any] = []
 
     @functools.wraps(function)
@@ -30,9 +31,12 @@ def fused(function: F) -> F:
         if not args[0].is_cuda:
             return function(*args)
         if not compiled:
-            compiled.append(torch.compile(function, dynamic=True))
+            compiled.append(torch.compile(function, dynamic=False))
         if compiled[0] is function:
             return function(*args)
+        for a in args:
+            if isinstance(a, torch.Tensor):
+                torch._dynamo.maybe_mark_dynamic(a, 0)      # overrides dynamic=False
         try:
             return compiled[0](*args)
         except torch.OutOfMemoryError:
