@@ -267,7 +267,8 @@ def test_render(folder: Path) -> None:
 
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
-BYTE_LEVEL = tokenizers.Tokenizer(models.BPE({w: i for i, w in enumerate([*BYTES, "Ġa", "ĊĊ", "Ã©"])}, []))
+LONG = ["Ġ" * 15, "Ġ" * 16, "x" * 17, "Ã©" * 16, "y" * 33]
+BYTE_LEVEL = tokenizers.Tokenizer(models.BPE({w: i for i, w in enumerate([*BYTES, "Ġa", "ĊĊ", "Ã©", *LONG])}, []))
 BYTE_LEVEL.decoder = decoders.ByteLevel()
 BYTE_LEVEL.add_tokens([AddedToken(t, normalized=False) for t in ("<tool call>", "日本", "é")])
 BYTE_LEVEL.add_special_tokens([AddedToken(t, special=True) for t in ("<|end|>", "<a b>")])
@@ -276,7 +277,7 @@ BYTE_LEVEL.add_special_tokens([AddedToken(t, special=True) for t in ("<|end|>", 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(0, BYTE_LEVEL.get_vocab_size() - 1)), st.booleans())
 def test_bytes_make_the_text_that_the_tokenizer_makes(ids: list[int], skip: bool) -> None:
-    """Of any tokens: bytes that are no text, tokens that are none of bytes, special ones."""
+    """Of any tokens: bytes that are no text, tokens that are none of bytes, special ones, and some longer than a row of the table."""
     table = byte_table(BYTE_LEVEL)
     assert table is not None
     for many in (ids, ids * 100):          # looked up, and gathered
