@@ -17,8 +17,10 @@ import asyncio
 import functools
 import inspect
 import math
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Annotated, Any
+
+import msgspec
 
 from rlmono.config.schema import Config
 from rlmono.data.sample import ABORTED, COMPLETED, FAILED, PENDING, TRUNCATED, Sample
@@ -138,16 +140,36 @@ def _problem(config: Config, s: Sample) -> str:
         return f"with {len(s.tokens)} tokens, of which response_length {n} are the response: a prompt needs one at least"
     if len(s.tokens) > context_length(config):
         return f"of {len(s.tokens)} tokens, and the context ends at {context_length(config)}"
-    if set(map(type, s.tokens)) != {int} or not 0 <= min(s.tokens) <= max(s.tokens) < config.model["vocab_size"]:
+    if not _fits(s.tokens, _ids(config.model["vocab_size"])):
         return f"whose tokens are not all ids from 0 to {config.model['vocab_size'] - 1}"
     for name, values in (("rollout_log_probs", s.rollout_log_probs), ("loss_mask", s.loss_mask), ("weight_versions", s.weight_versions)):
         if values is not None and len(values) != n:
             return f"with {len(values)} {name} for a response of {n} tokens"
     if n and s.rollout_log_probs is None:
         return "without rollout_log_probs: the engine's for what the model wrote, 0 for other tokens"
-    log_probs = s.rollout_log_probs or ()
-    if not all(issubclass(kind, (int, float)) for kind in set(map(type, log_probs))) or not all(map(math.isfinite, log_probs)):
+    if not _are_finite(s.rollout_log_probs or ()):
         return "with rollout_log_probs that are no finite numbers"
     if s.loss_mask is not None and not set(s.loss_mask) <= {0, 1}:
         return "with a loss_mask that has other values than 0 and 1"
     return ""
+
+
+def _are_finite(values: Sequence[Any]) -> bool:
+    """Finite numbers: by their sum, or one by one where that is not finite, or where they are numpy's."""
+    if _fits(values, list[float]) and math.isfinite(sum(values)):
+        return True
+    return all(issubclass(kind, (int, float)) for kind in set(map(type, values))) and all(map(math.isfinite, values))
+
+
+@functools.cache
+def _ids(vocabulary: int) -> Any:
+    return list[Annotated[int, msgspec.Meta(ge=0, lt=vocabulary)]]
+
+
+def _fits(values: Sequence[Any], kind: Any) -> bool:
+    """Whether they are of this type: 8k of them in 0.3 ms, and in 1.2 in Python."""
+    try:
+        msgspec.convert(values, kind)
+    except msgspec.ValidationError:
+        return False
+    return True
