@@ -23,12 +23,16 @@ def why_local(config: Config, device: str) -> str:
     return ""
 
 
+def own_attention(context_parallel_size: int, multi_latent_attention: bool) -> list[str]:
+    """Why attention is rlmono's own where norms are Transformer Engine's: latents have two head dimensions. Empty where it is not."""
+    return [name for name, there in (("context parallelism", context_parallel_size > 1), ("multi-latent attention", multi_latent_attention)) if there]
+
+
 def note(config: Config) -> str:
     """What a run on GPUs says when it starts."""
     if why := why_local(config, "cuda"):
         return f"the trainer's attention and norms are rlmono's own: {why}"
-    own = [name for name, there in (("context parallelism", config.context_parallel_size > 1),
-                                    ("multi-latent attention", config.model.get("multi_latent_attention"))) if there]
+    own = own_attention(config.context_parallel_size, bool(config.model.get("multi_latent_attention")))
     parts = f"norms (attention is rlmono's own: {' and '.join(own)})" if own else "attention and norms"
     return f"the trainer's {parts} are Transformer Engine's{_version()}"
 

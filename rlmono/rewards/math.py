@@ -9,9 +9,9 @@ from math_verify import LatexExtractionConfig, parse, verify  # type: ignore[imp
 from rlmono.data.sample import Sample
 from rlmono.rewards.answers import has_words, labels_of, last_boxed, normalise
 
-# LaTeX only: its other parser evaluates a response's text as Python.
 _LONGEST = 1000
 """Characters of an answer that is taken for a formula; longer ones are loops, which take the parser seconds."""
+# LaTeX only: its other parser evaluates a response's text as Python.
 _LATEX = (LatexExtractionConfig(boxed_match_priority=0),)
 
 

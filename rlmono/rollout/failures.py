@@ -48,10 +48,15 @@ class Failures:
         return {f"{prefix}{name}": float(n) for name, n in self._counts.items()}
 
 
+def unjudged(sample: Sample) -> str:
+    """The remark that says a sample has no judgement; empty where it has one."""
+    return next((r for r in sample.remarks if r.startswith(REWARD_FAILURES)), "")
+
+
 def refuse_without_rewards(what: str, samples: Sequence[Sample]) -> None:
     """Raises RuntimeError where not one of many samples could be judged: a mistake in the reward, or its server is gone. One that fails costs its
     own sample; when all do, there is nothing to train on."""
-    failed = Counter(next((r for r in s.remarks if r.startswith(REWARD_FAILURES)), "") for s in samples)
+    failed = Counter(map(unjudged, samples))
     if len(samples) >= FEW and not failed[""]:
         names = ", ".join(f"{n} x {name}" for name, n in failed.most_common())
         raise RuntimeError(f"{what}: none of {len(samples)} samples could be judged ({names}): nothing can be learned from it. The log of this "

@@ -18,7 +18,7 @@ import numpy as np
 from rlmono.config.schema import Config
 from rlmono.data.sample import TRUNCATED, Group
 from rlmono.rewards.load import load_function
-from rlmono.rollout.failures import REWARD_FAILURES
+from rlmono.rollout.failures import unjudged
 
 STD = 1e-6
 """Rewards of a group whose standard deviation is not above it are equal."""
@@ -69,7 +69,7 @@ def check_no_overlong(args: Any, samples: Group, **kwargs: Any) -> Verdict:
 
 def check_reward_failed(args: Any, samples: Group, **kwargs: Any) -> Verdict:
     """Drop groups with a sample whose reward is no judgement: it raised, timed out or crashed, or its server is gone, and counts as 0."""
-    remark = next((r for s in samples for r in s.remarks if r.startswith(REWARD_FAILURES)), None)
+    remark = next(filter(None, map(unjudged, samples)), None)
     return Verdict(remark is None, remark)
 
 

@@ -14,7 +14,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from rlmono.config.kernels import why_local
+from rlmono.config.kernels import own_attention, why_local
 from rlmono.config.schema import Config
 from rlmono.trainer.attention import VarlenAttention
 from rlmono.trainer.norms import RMSNorm
@@ -51,8 +51,8 @@ def usable(config: Config, tf: TransformerConfig) -> bool:
 
 
 def attends(tf: TransformerConfig) -> bool:
-    """Whether attention too is its own: with context parallelism, and with latents (of two head dimensions), it is ours."""
-    return tf.context_parallel_size == 1 and not tf.multi_latent_attention
+    """Whether attention too is its own."""
+    return not own_attention(tf.context_parallel_size, tf.multi_latent_attention)
 
 
 def _heads(tf: TransformerConfig) -> tuple[int, int, int]:
