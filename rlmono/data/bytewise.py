@@ -7,12 +7,13 @@ takes a tokenizer 5 ms; numpy gathers rows of bytes at once, and what fills them
 from __future__ import annotations
 
 import random
-from array import array
 from collections.abc import Mapping, Sequence
 from operator import itemgetter
 from typing import Any
 
 import numpy as np
+
+from rlmono.data.numbers import to_bytes
 
 _CHECKED = 2000
 """Tokens on which a new table is compared with the tokenizer."""
@@ -43,7 +44,7 @@ class ByteTable:
         """What the tokenizer makes of them. IndexError for an id that it does not have."""
         if not ids:
             return ""
-        if len(ids) >= _FEW and (text := self._gathered(np.array(array("i", ids)), skip_special_tokens)) is not None:
+        if len(ids) >= _FEW and (text := self._gathered(np.frombuffer(to_bytes("i", ids), np.int32), skip_special_tokens)) is not None:
             return text
         if min(ids) < 0:
             raise IndexError(f"token {min(ids)}")

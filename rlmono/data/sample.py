@@ -6,6 +6,8 @@ from typing import Any, Optional, Union
 
 import msgspec
 
+from rlmono.data.numbers import from_bytes, to_bytes
+
 PENDING, COMPLETED, TRUNCATED, ABORTED, FAILED = "pending", "completed", "truncated", "aborted", "failed"
 FINISHED = (COMPLETED, TRUNCATED, FAILED)
 """Nothing more is generated for a sample with one of these."""
@@ -65,6 +67,26 @@ class Sample(msgspec.Struct, omit_defaults=True):
     def whole_loss_mask(self) -> list[int]:
         """The loss mask [response_length], ones where there is none."""
         return [1] * self.response_length if self.loss_mask is None else self.loss_mask
+
+
+class PackedSample(msgspec.Struct, array_like=True):
+    """A Sample as it travels between processes: lists of 8k ids and logprobs take the receiver a third of the time as bytes."""
+
+    rest: Sample
+    tokens: bytes
+    rollout_log_probs: Optional[bytes]
+
+    @classmethod
+    def of(cls, s: Sample) -> PackedSample:
+        """Raises struct.error for tokens that are no int32, and logprobs that are no numbers."""
+        log_probs = None if s.rollout_log_probs is None else to_bytes("d", s.rollout_log_probs)
+        return cls(msgspec.structs.replace(s, tokens=[], rollout_log_probs=None), to_bytes("i", s.tokens), log_probs)
+
+    def unpack(self) -> Sample:
+        """The sample; once. Raises ValueError for bytes that are not whole numbers."""
+        self.rest.tokens = from_bytes("i", self.tokens)
+        self.rest.rollout_log_probs = None if self.rollout_log_probs is None else from_bytes("d", self.rollout_log_probs)
+        return self.rest
 
 
 Group = list[Sample]

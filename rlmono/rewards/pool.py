@@ -11,6 +11,7 @@ import asyncio
 import dataclasses
 import itertools
 import logging
+import os
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from rlmono.config.rewards import REWARD_TYPES
-from rlmono.data.sample import Sample
+from rlmono.data.sample import PackedSample, Sample
 from rlmono.rewards import Judge, RewardError, default_judge, judge_of
 from rlmono.rewards.lane import Lane
 from rlmono.rewards.protocol import ELSEWHERE, Outcome, Setup, Task, frame
@@ -35,7 +36,7 @@ class RewardResult(NamedTuple):
 
 
 class RewardPool:
-    """`args.reward_workers` processes with the reward of `args`; used on one event loop. `start` before `score`, `close` at the end.
+    """`args.reward_workers` processes (0: by the cores) with the reward of `args`; used on one event loop. `start` before `score`, `close` at the end.
 
     Functions are called as `function(args, sample)`, or `function(args, samples)` of a group, with the flat config and copies of the samples:
     what they change in them stays in the worker. Sync and async functions have workers of their own, so that neither kind holds up the
@@ -119,7 +120,8 @@ class RewardPool:
         if self._broken is not None or not self._lanes:
             raise self._broken or RewardError("the reward pool is not running: start() comes before score(), close() after")
         key = samples[0].reward_key or self._args.reward_key
-        task = Task(next(self._ids), judge.path, samples if judge.custom else [_text_alone(s) for s in samples], group, judge.boxed, key)
+        packed = [PackedSample.of(s if judge.custom else _text_alone(s)) for s in samples]
+        task = Task(next(self._ids), judge.path, packed, group, judge.boxed, key)
         outcome = await self._ask(task)
         if outcome.remark == ELSEWHERE:
             self._async_paths.add(judge.path)
@@ -154,7 +156,7 @@ class RewardPool:
         args = self._args
         limit = int(args.reward_memory_limit_gb * (1 << 30)) or None
         setup = Setup(_flat(args), paths, memory_limit_bytes=limit, concurrent=concurrent)
-        return Lane(setup, args.reward_timeout_s, args.reward_workers, args.reward_concurrency, self._break)
+        return Lane(setup, args.reward_timeout_s, args.reward_workers or by_cores(), args.reward_concurrency, self._break)
 
     def _break(self, error: RewardError) -> None:
         self._broken = self._broken or error
@@ -168,6 +170,11 @@ class RewardPool:
             logger.warning("%s at sample %d%s (reward 0; counted, and not shown again for this cause): %s", outcome.remark, samples[0].index,
                            f" and {len(samples) - 1} others of its group" if len(samples) > 1 else "",
                            outcome.detail or f"no answer within --reward-timeout-s {self._args.reward_timeout_s:g}")
+
+
+def by_cores() -> int:
+    """Workers where their number is not given: the host's loop, engines and data loading need cores too."""
+    return min(max(len(os.sched_getaffinity(0)) // 8, 1), 8)
 
 
 def _text_alone(sample: Sample) -> Sample:

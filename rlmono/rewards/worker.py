@@ -70,9 +70,10 @@ def _limit(memory_bytes: int | None) -> None:
 def _serve_in_turn(inbox: BinaryIO, outbox: BinaryIO, args: Any) -> None:
     while (data := _read(inbox)) is not None:
         begun = time.perf_counter()
-        outcome = _score(_decode_task(data), args)
+        task = _decode_task(data)
+        outcome = _score(task, args)
         outcome.seconds = time.perf_counter() - begun
-        _send(outbox, outcome)
+        _send(outbox, outcome)      # before the samples are let go of: 8k tokens take 0.3 ms
 
 
 async def _serve_concurrently(inbox: BinaryIO, outbox: BinaryIO, args: Any) -> None:
@@ -123,10 +124,11 @@ async def _wait(result: Any) -> Any:
 
 def _argument(task: Task) -> Any:
     """What the function gets besides args: the sample, or the list of a group's."""
+    samples = [packed.unpack() for packed in task.samples]
     if task.boxed:
-        for sample in task.samples:
+        for sample in samples:
             sample.response = last_boxed(sample.response) or ""
-    return task.samples if task.group else task.samples[0]
+    return samples if task.group else samples[0]
 
 
 def _outcome(task: Task, result: Any) -> Outcome:

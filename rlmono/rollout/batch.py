@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from collections import Counter
 from typing import Any, Sequence
 
@@ -10,6 +9,7 @@ import numpy as np
 
 from rlmono.config.batches import packs_multiple
 from rlmono.config.schema import Config
+from rlmono.data.numbers import to_bytes
 from rlmono.data.sample import TRUNCATED, Group, Sample
 from rlmono.rollout.schedule import plan_rollout
 from rlmono.world.messages import TrainBatch, TrainSample, TrainStep
@@ -53,7 +53,7 @@ def _train_sample(config: Config, index: int, s: Sample) -> TrainSample:
     if len(mask) != s.response_length or (s.rollout_log_probs is not None and len(log_probs) != s.response_length):
         raise ValueError(f"sample {s.index}: a response of {s.response_length} tokens with {len(mask)} mask entries and {len(log_probs)} logprobs")
     return TrainSample(index, s.group_index, 0.0 if config.loss_type == "sft" else training_reward(config, s),
-                       array("i", s.tokens).tobytes(), s.response_length, mask, array("f", log_probs).tobytes())      # thrice as fast as numpy
+                       to_bytes("i", s.tokens), s.response_length, mask, to_bytes("f", log_probs))
 
 
 def training_reward(config: Config, s: Sample) -> float:

@@ -11,13 +11,13 @@ import asyncio
 import copy
 import hashlib
 import itertools
-from array import array
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Optional, Union
 
 import msgspec
 
+from rlmono.data.numbers import to_bytes
 from rlmono.data.sample import ABORTED, FAILED, TRUNCATED, Sample
 from rlmono.rollout.generate import GenerateState, append_observation, append_tokens, context_length
 from rlmono.rollout.openai_format import ChatRequest, Choice, CompletionRequest, Key, Request, RequestError, cleaned, key, most_tokens, split_calls
@@ -145,7 +145,7 @@ class Session:
             raise _over()
         most = min(most_tokens(request) or state.sampling.max_new_tokens, state.sampling.max_new_tokens)
         sampling = msgspec.structs.replace(state.sampling, max_new_tokens=most, stop=(*state.sampling.stop, *request.stops))
-        digest = hashlib.blake2b(array("i", place.base.tokens).tobytes(), digest_size=8).digest()
+        digest = hashlib.blake2b(to_bytes("i", place.base.tokens), digest_size=8).digest()
         turns = []
         for _ in range(request.n or 1):     # a seed by what is asked, and the how-manieth time: the order of requests is the client's
             turns.append((digest.hex(), self._asked[digest]))

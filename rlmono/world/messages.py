@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import struct
-from array import array
 from typing import Any, Optional, Union, get_args
 
 import msgspec
 
-from rlmono.data.sample import Sample
+from rlmono.data.numbers import from_bytes, to_bytes
+from rlmono.data.sample import PackedSample, Sample
 
 
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -183,11 +182,10 @@ class _Packed(msgspec.Struct, array_like=True):
 
     @classmethod
     def of(cls, o: Output) -> _Packed:
-        ids, log_probs = struct.pack(f"{len(o.output_ids)}i", *o.output_ids), struct.pack(f"{len(o.log_probs)}d", *o.log_probs)
-        return cls(o.rid, ids, log_probs, o.finish, o.weight_version, o.cached_tokens, o.error)
+        return cls(o.rid, to_bytes("i", o.output_ids), to_bytes("d", o.log_probs), o.finish, o.weight_version, o.cached_tokens, o.error)
 
     def unpack(self) -> Output:
-        return Output(self.rid, _numbers("i", self.output_ids), _numbers("d", self.log_probs), self.finish, self.weight_version,
+        return Output(self.rid, from_bytes("i", self.output_ids), from_bytes("d", self.log_probs), self.finish, self.weight_version,
                       self.cached_tokens, self.error)
 
 
@@ -195,23 +193,38 @@ class _PackedOutputs(msgspec.Struct, tag="Outputs"):
     items: list[_Packed]
 
 
-def _numbers(kind: str, data: bytes) -> list[Any]:
-    numbers = array(kind)
-    if len(data) % numbers.itemsize:
-        raise msgspec.ValidationError(f"{len(data)} bytes are no numbers of {numbers.itemsize}")
-    numbers.frombytes(data)
-    return numbers.tolist()
+class _PackedGroup(msgspec.Struct, tag=True):
+    """A RunGroup or GroupDone as it travels."""
+
+    rest: Union[RunGroup, GroupDone]
+    samples: list[PackedSample]
+
+
+def _packed(message: Message) -> Any:
+    if isinstance(message, Outputs):
+        return _PackedOutputs([_Packed.of(o) for o in message.items])
+    if isinstance(message, (RunGroup, GroupDone)):
+        return _PackedGroup(msgspec.structs.replace(message, samples=[]), [PackedSample.of(s) for s in message.samples])
+    return message
+
+
+def _unpacked(message: Any) -> Message:
+    if isinstance(message, _PackedOutputs):
+        return Outputs([p.unpack() for p in message.items])
+    if isinstance(message, _PackedGroup):
+        return msgspec.structs.replace(message.rest, samples=[p.unpack() for p in message.samples])
+    return message      # type: ignore[no-any-return]
 
 
 _encoder = msgspec.msgpack.Encoder()
-_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Union[tuple(_PackedOutputs if t is Outputs else t for t in get_args(Message))])
+_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(
+    Union[(*(t for t in get_args(Message) if t not in (Outputs, RunGroup, GroupDone)), _PackedOutputs, _PackedGroup)])
 
 
 def encode(message: Message) -> bytes:
-    return _encoder.encode(_PackedOutputs([_Packed.of(o) for o in message.items]) if isinstance(message, Outputs) else message)
+    return _encoder.encode(_packed(message))
 
 
 def decode(payload: bytes) -> Message:
-    """Raises msgspec.DecodeError for anything that is not one of ours."""
-    message: Any = _decoder.decode(payload)
-    return Outputs([p.unpack() for p in message.items]) if isinstance(message, _PackedOutputs) else message
+    """Raises msgspec.DecodeError for anything that is not one of ours, ValueError for numbers that are not whole."""
+    return _unpacked(_decoder.decode(payload))

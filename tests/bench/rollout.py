@@ -301,15 +301,15 @@ async def added_s(folder: Path, tokens: int, rate: float, spread: float) -> tupl
             e.generate = _noting(e.generate, lambda output, ids, *_: answers.update({_number(ids): (*output.log_probs[:2], time.monotonic())}))
         node.rewards.reward = _noting(node.rewards.reward, lambda _, samples, *__: ended.update({s.index: time.monotonic() for s in samples}))
 
-        async def one() -> None:
+        async def one() -> Any:
             group, now = h.group(), time.monotonic()
             made.update({s.index: now for s in group})
-            await h.cluster.run_group(group, h.sampling, False)
+            return await h.cluster.run_group(group, h.sampling, False)
         begun, tasks = time.monotonic(), []
         for at in moments(rate):
             await asyncio.sleep(max(0.0, begun + at - time.monotonic()))
             tasks.append(asyncio.create_task(one()))
-        await asyncio.gather(*tasks)
+        await asyncio.gather(*tasks)        # as a controller does, they keep their samples until all are there
     times = [(made[i], *answers[i], ended[i]) for i in made if made[i] > begun + 1]
     return [came - at for at, came, *_ in times], [had - went for _, _, went, had, _ in times], [end - had for *_, had, end in times]
 
