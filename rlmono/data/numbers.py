@@ -12,7 +12,7 @@ from typing import Any
 
 
 def to_bytes(kind: str, numbers: Sequence[Any]) -> bytes:
-    """Raises struct.error for what is no such number."""
+    """Raises struct.error for what is no such number, OverflowError for what is beyond fp32 (f)."""
     return struct.pack(f"{len(numbers)}{kind}", *numbers)
 
 

@@ -70,7 +70,8 @@ class Sample(msgspec.Struct, omit_defaults=True):
 
 
 class PackedSample(msgspec.Struct, array_like=True):
-    """A Sample as it travels between processes: lists of 8k ids and logprobs take the receiver a third of the time as bytes."""
+    """A Sample as it travels between processes: lists of 8k ids and logprobs take the receiver a third of the time as bytes.
+    Logprobs are of fp32, as the engine's and the trainer's are."""
 
     rest: Sample
     tokens: bytes
@@ -78,14 +79,14 @@ class PackedSample(msgspec.Struct, array_like=True):
 
     @classmethod
     def of(cls, s: Sample) -> PackedSample:
-        """Raises struct.error for tokens that are no int32, and logprobs that are no numbers."""
-        log_probs = None if s.rollout_log_probs is None else to_bytes("d", s.rollout_log_probs)
+        """Raises struct.error for tokens that are no int32 and logprobs that are no numbers, OverflowError for any beyond fp32."""
+        log_probs = None if s.rollout_log_probs is None else to_bytes("f", s.rollout_log_probs)
         return cls(msgspec.structs.replace(s, tokens=[], rollout_log_probs=None), to_bytes("i", s.tokens), log_probs)
 
     def unpack(self) -> Sample:
         """The sample; once. Raises ValueError for bytes that are not whole numbers."""
         self.rest.tokens = from_bytes("i", self.tokens)
-        self.rest.rollout_log_probs = None if self.rollout_log_probs is None else from_bytes("d", self.rollout_log_probs)
+        self.rest.rollout_log_probs = None if self.rollout_log_probs is None else from_bytes("f", self.rollout_log_probs)
         return self.rest
 
 

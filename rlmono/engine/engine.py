@@ -21,6 +21,7 @@ from rlmono.config.schema import Config
 from rlmono.engine import compat, loadplan
 from rlmono.engine.invariant import BatchInvariant
 from rlmono.engine.rng import EngineRng
+from rlmono.engine.text import OutputTexts
 from rlmono.world.channel import HEARTBEAT_S, HostLink
 from rlmono.world.messages import Abort, EndPhase, Generate, Heartbeat, Output, Outputs
 
@@ -46,7 +47,7 @@ class Engine:
         self.ranks = next(e for e in engines if rank in e)
         self.is_first = rank == self.ranks[0]
         self.weight_version = 0
-        self._traffic = _Traffic(self, link)
+        self._traffic = _Traffic(self, link, OutputTexts(config.hf_checkpoint or "", config.rollout_skip_special_tokens) if self.is_first else None)
         compat.override(self._traffic.make_channels, self._traffic.pull, config.model.get("latent_norm_epsilon"))
         self.args = server_args(config, device=device, dtype=dtype, memory_saver=memory_saver)
         make_groups(engines, self.args, local_rank, "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
@@ -165,8 +166,8 @@ def _bits(x: torch.Tensor) -> torch.Tensor:
 class _Traffic:
     """Between our socket and SGLang's scheduler: its request receiver and its two senders."""
 
-    def __init__(self, engine: Engine, link: HostLink):
-        self._engine, self._link = engine, link
+    def __init__(self, engine: Engine, link: HostLink, texts: Optional[OutputTexts]):
+        self._engine, self._link, self._texts = engine, link, texts
         self._partial: dict[str, tuple[list[int], list[float]]] = {}
         self._beaten = 0.0
         self.each_step: Callable[[], None] = lambda: None
@@ -237,7 +238,8 @@ class _Traffic:
             return None
         del self._partial[rid]
         n = min(len(ids), len(log_probs))       # a refused request comes with a token that nobody sampled, without its logprob
-        return Output(rid, ids[:n], log_probs[:n], reason["type"], self._engine.weight_version, batch.cached_tokens[i], _refusal(reason))
+        text = None if self._texts is None else self._texts.of(ids[:n])
+        return Output(rid, ids[:n], log_probs[:n], reason["type"], self._engine.weight_version, batch.cached_tokens[i], _refusal(reason), text)
 
 
 def _refusal(reason: Mapping[str, Any]) -> str:

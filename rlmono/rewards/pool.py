@@ -36,7 +36,7 @@ class RewardResult(NamedTuple):
 
 
 class RewardPool:
-    """`args.reward_workers` processes (0: by the cores) with the reward of `args`; used on one event loop. `start` before `score`, `close` at the end.
+    """`args.reward_workers` processes (0: by the cores) with the reward of `args`, on one event loop. `start` before `score`, `close` at the end.
 
     Functions are called as `function(args, sample)`, or `function(args, samples)` of a group, with the flat config and copies of the samples:
     what they change in them stays in the worker. Sync and async functions have workers of their own, so that neither kind holds up the

@@ -76,10 +76,17 @@ class GenerateState:
         """The model goes on after the sample's tokens: what it writes is appended, with mask 1. Returns the text of its turn, which is all
         since others wrote last. `sample.status` says how the turn ended: completed (it stopped by itself), truncated (no room is left) or
         aborted (the rollout is over: return the sample as it is; it may come again, and go on)."""
-        append_tokens(sample, await self.generate(sample.tokens, sampling_params))
-        sample.response = await self.text(sample.tokens[sample.prompt_length:])
+        output = await self.generate(sample.tokens, sampling_params)
+        append_tokens(sample, output)
+        sample.response = await self.text_since(0, sample, output)
         start = sample.metadata.get(TURN_START, 0)
-        return await self.text(sample.tokens[sample.prompt_length + start:]) if start else sample.response
+        return await self.text_since(start, sample, output) if start else sample.response
+
+    async def text_since(self, start: int, sample: Sample, output: Output) -> str:
+        """The text of the response from its token `start` on, of which the output is the end; the engine has sent it where it is all of it."""
+        if output.text is not None and len(output.output_ids) == sample.response_length - start:
+            return output.text
+        return await self.text(sample.tokens[sample.prompt_length + start:])
 
     async def text(self, tokens: Sequence[int]) -> str:
         """Their text as rewards see it. What takes long is done beside the event loop: no other request would be answered meanwhile."""
@@ -115,8 +122,9 @@ class GenerateState:
 
 async def generate(args: Any, sample: Sample, sampling: SamplingParams, state: GenerateState) -> Sample:
     """One turn: the prompt's tokens in, the response's tokens, logprobs and weight versions on the sample."""
-    append_tokens(sample, await state.generate(sample.tokens, sampling))
-    sample.response = await state.text(sample.tokens[sample.prompt_length:])
+    output = await state.generate(sample.tokens, sampling)
+    append_tokens(sample, output)
+    sample.response = await state.text_since(0, sample, output)
     return sample
 
 

@@ -44,7 +44,7 @@ class EndPhase(msgspec.Struct, tag=True):
 
 class Output(msgspec.Struct, tag=True):
     """Engine to host: a finished request. `log_probs` has one entry a token of `output_ids`; `finish` is stop, length or abort;
-    `error` says why the engine refused it, and is empty otherwise."""
+    `error` says why the engine refused it, and is empty otherwise. `text` is that of `output_ids`; None where the host has to decode it."""
 
     rid: str
     output_ids: list[int]
@@ -53,6 +53,7 @@ class Output(msgspec.Struct, tag=True):
     weight_version: int
     cached_tokens: int = 0
     error: str = ""
+    text: Optional[str] = None
 
 
 class Outputs(msgspec.Struct, tag=True):
@@ -170,7 +171,7 @@ Message = Union[Generate, Abort, EndPhase, Outputs, TrainBatch, Report, Failed, 
 
 
 class _Packed(msgspec.Struct, array_like=True):
-    """An Output as it travels: 8k numbers as bytes take the host a third of the time. Both ends are on one machine."""
+    """An Output as it travels: 8k numbers as bytes take the host a third of the time. Logprobs are of fp32, as the engine's are."""
 
     rid: str
     output_ids: bytes
@@ -179,14 +180,16 @@ class _Packed(msgspec.Struct, array_like=True):
     weight_version: int
     cached_tokens: int
     error: str
+    text: Optional[str]
 
     @classmethod
     def of(cls, o: Output) -> _Packed:
-        return cls(o.rid, to_bytes("i", o.output_ids), to_bytes("d", o.log_probs), o.finish, o.weight_version, o.cached_tokens, o.error)
+        return cls(o.rid, to_bytes("i", o.output_ids), to_bytes("f", o.log_probs), o.finish, o.weight_version, o.cached_tokens,
+                   o.error, o.text)
 
     def unpack(self) -> Output:
-        return Output(self.rid, from_bytes("i", self.output_ids), from_bytes("d", self.log_probs), self.finish, self.weight_version,
-                      self.cached_tokens, self.error)
+        return Output(self.rid, from_bytes("i", self.output_ids), from_bytes("f", self.log_probs), self.finish, self.weight_version,
+                      self.cached_tokens, self.error, self.text)
 
 
 class _PackedOutputs(msgspec.Struct, tag="Outputs"):

@@ -1,8 +1,9 @@
-"""Stand-ins for the engines of a node, in one process: `python tests/bench/engines.py ADDRESS ENGINES TOKENS RATE DELAY_S SPREAD`.
+"""Stand-ins for the engines of a node, in one process: `python tests/bench/engines.py MODEL ADDRESS ENGINES TOKENS RATE DELAY_S SPREAD`.
 
 They speak the real messages over the real unix socket. Each request is answered with TOKENS tokens, RATE a second over all engines (0: as
 fast as it goes), and not before a time of its own, DELAY_S · (1 ± SPREAD), evenly drawn. An answer begins with the last two tokens of its
-prompt, and where its first two logprobs would be it has the times when its request came and when it went (monotonic, s).
+prompt, and where its first two logprobs would be it has the times when its request came and when it went (monotonic, s). Its text is that of
+MODEL's tokenizer; engines make it each in their rank, here it would take one process the time of eight, so all but its beginning is made once.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections import deque
 
 import zmq
 
+from rlmono.data.tokenizer import Tokenizer
 from rlmono.world.channel import HostLink
 from rlmono.world.messages import EndPhase, Generate, Output, Outputs
 
@@ -25,10 +27,13 @@ STEP_S = 0.005
 VOCABULARY = 150_000
 
 
-def main(address: str, engines: int, tokens: int, rate: float, delay_s: float, spread: float) -> None:
+def main(folder: str, address: str, engines: int, tokens: int, rate: float, delay_s: float, spread: float) -> None:
     links = [HostLink(address, rank) for rank in range(engines)]
     draw, poller = random.Random(0), zmq.Poller()
     ids, log_probs = [draw.randrange(VOCABULARY) for _ in range(tokens)], [-draw.random() for _ in range(tokens)]
+    table = Tokenizer(folder).byte_table
+    assert table is not None
+    rest = table.decode(ids[2:], True)          # that of each answer but for its first two tokens
     by_socket = {link.socket: link for link in links}
     for link in links:
         poller.register(link.socket, zmq.POLLIN)
@@ -58,7 +63,7 @@ def main(address: str, engines: int, tokens: int, rate: float, delay_s: float, s
             came, link, request = waiting.popleft()
             credit -= 1
             ids[:2], log_probs[0] = request.input_ids[-2:], came
-            step.setdefault(link, []).append(Output(request.rid, ids[:], log_probs[:], "length", 1))
+            step.setdefault(link, []).append(Output(request.rid, ids[:], log_probs[:], "length", 1, text=table.decode(ids[:2], True) + rest))
         for link, items in step.items():
             for item in items:
                 item.log_probs[1] = time.monotonic()
@@ -66,4 +71,4 @@ def main(address: str, engines: int, tokens: int, rate: float, delay_s: float, s
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), *map(int, sys.argv[3:4]), *map(float, sys.argv[4:7]))      # type: ignore[call-arg]
+    main(*sys.argv[1:3], *map(int, sys.argv[3:5]), *map(float, sys.argv[5:8]))      # type: ignore[call-arg]

@@ -54,6 +54,7 @@ def main() -> int:
     machine, found = figures.this_machine(), []
     for part in parts:
         with tempfile.TemporaryDirectory() as tmp:
+            make_tokenizer(Path(tmp))
             made = [f | {"command": f"{COMMAND} {part}", "machine": machine} for f in makers[part](Path(tmp))]
         for f in made:
             mark = "      " if figures.met(f) else "MISSED"
@@ -105,10 +106,8 @@ class Host:
 @contextlib.asynccontextmanager
 async def host(folder: Path, tokens: int, rate: float = 0.0, delay_s: float = 0.0, spread: float = 0.0, function: str = "") -> AsyncIterator[Host]:
     """With stand-ins; see engines.py for `rate`, `delay_s` and `spread`. `function` is a generate function of this file."""
-    if not (folder / "tokenizer.json").exists():
-        make_tokenizer(folder)
     async with cluster(folder, ENGINES, **_function(function)) as (c, address):
-        engines = stand_ins(address, tokens, rate, delay_s, spread)
+        engines = stand_ins(folder, address, tokens, rate, delay_s, spread)
         try:
             await c.reports("ready", 0, c.grid.devices, 120)
             yield Host(c, tokens)
@@ -122,8 +121,8 @@ def _function(name: str) -> dict[str, str]:
     return {"custom_generate_function_path": f"{__file__}:{name}"} if name else {}
 
 
-def stand_ins(address: str, tokens: int, rate: float = 0.0, delay_s: float = 0.0, spread: float = 0.0) -> subprocess.Popen[bytes]:
-    command = [sys.executable, str(Path(__file__).with_name("engines.py")), address, *map(str, (ENGINES, tokens, rate, delay_s, spread))]
+def stand_ins(folder: Path, address: str, tokens: int, rate: float = 0.0, delay_s: float = 0.0, spread: float = 0.0) -> subprocess.Popen[bytes]:
+    command = [sys.executable, str(Path(__file__).with_name("engines.py")), str(folder), address, *map(str, (ENGINES, tokens, rate, delay_s, spread))]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path})
 
@@ -180,7 +179,7 @@ def carry(tmp: Path) -> list[dict[str, Any]]:
     out = []
     for tokens, load in LOADS.items():
         size = f"{tokens}-token responses"
-        bare = echoed(tokens, load * 3)
+        bare = echoed(tmp, tokens, load * 3)
         out.append(figure(f"a bare loop over the same socket, {size}", bare, "requests/s", "", "a ceiling of the messages and the engines' process"))
         for rewards in (True, False):
             rate, cpu = asyncio.run(carried(tmp, tokens, load * 1.5, rewards, load // 4))
@@ -209,10 +208,10 @@ def check(samples: list[Any], tokens: int) -> None:
         assert s.tokens[PROMPT] * BASE + s.tokens[PROMPT + 1] == s.index and s.reward is not None and s.response, s.index
 
 
-def echoed(tokens: int, requests: int) -> float:
+def echoed(folder: Path, tokens: int, requests: int) -> float:
     """Requests a second of a loop that does nothing but encode, send, receive and decode."""
     from rlmono.world.messages import Generate, Outputs, Sampling, decode, encode
-    with bare_socket(tokens) as router:
+    with bare_socket(folder, tokens) as router:
         begun, done = time.perf_counter(), 0
         for i in range(requests):
             router.send_multipart([str(i % ENGINES).encode(), encode(Generate(f"{i:016x}", [7] * PROMPT, Sampling(tokens)))])
@@ -224,7 +223,7 @@ def echoed(tokens: int, requests: int) -> float:
 
 
 @contextlib.contextmanager
-def bare_socket(tokens: int, *pace: float) -> Iterator[Any]:
+def bare_socket(folder: Path, tokens: int, *pace: float) -> Iterator[Any]:
     """A host's socket by itself, with stand-ins that are ready."""
     import zmq
 
@@ -235,7 +234,7 @@ def bare_socket(tokens: int, *pace: float) -> Iterator[Any]:
     router.setsockopt(zmq.SNDHWM, 0)
     router.setsockopt(zmq.RCVHWM, 0)
     router.bind(sockets.address)
-    engines = stand_ins(sockets.address, tokens, 0.0, *pace)
+    engines = stand_ins(folder, sockets.address, tokens, 0.0, *pace)
     try:
         for _ in range(ENGINES):
             router.recv_multipart()         # ready
@@ -263,7 +262,7 @@ def latency(tmp: Path) -> list[dict[str, Any]]:
     out = []
     for tokens, load in LOADS.items():
         for how, spread in ENDINGS:
-            bare = paced(tokens, load / 2, spread)
+            bare = paced(tmp, tokens, load / 2, spread)
             floor = f"there {_tail(bare[0])}, back {_tail(bare[1])}, both {_tail(map(sum, zip(*bare, strict=True)))} ms"
             parts = asyncio.run(added_s(tmp, tokens, load / 2, spread))
             whole = [sum(p) for p in zip(*parts, strict=True)]
@@ -327,11 +326,11 @@ def _number(ids: Sequence[int]) -> int:
     return ids[PROMPT - 2] * BASE + ids[PROMPT - 1]
 
 
-def paced(tokens: int, rate: float, spread: float) -> tuple[list[float], list[float]]:
+def paced(folder: Path, tokens: int, rate: float, spread: float) -> tuple[list[float], list[float]]:
     """The first two parts, of a loop that does nothing but encode, send, receive and decode."""
     from rlmono.world.messages import Generate, Outputs, Sampling, decode, encode
     made, there, back = dict[int, float](), [], []
-    with bare_socket(tokens, DELAY_S, spread) as router:
+    with bare_socket(folder, tokens, DELAY_S, spread) as router:
         def receive() -> None:
             message, now = decode(router.recv_multipart()[1]), time.monotonic()
             assert isinstance(message, Outputs)

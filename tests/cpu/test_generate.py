@@ -317,7 +317,7 @@ async def misbehaves(args: Any, sample: Sample, sampling_params: Any, state: Any
         return Sample(status=FAILED, remarks=["the game was lost"])
     changes: dict[str, dict[str, Any]] = {
         "mask": {"loss_mask": [1]}, "strange": {"tokens": 5}, "length": {"response_length": 99},
-        "log probs": {"rollout_log_probs": None}, "nan": {"rollout_log_probs": [math.nan] * 2},
+        "log probs": {"rollout_log_probs": None}, "nan": {"rollout_log_probs": [math.nan] * 2}, "huge": {"rollout_log_probs": [-1e300] * 2},
         "ids": {"tokens": [*sample.tokens, 3, 10**6]}, "status": {"status": "great"}, "long": {"tokens": [1] * 600}, "numbers": {"loss_mask": [2, 2]}}
     await state.turn(sample)
     for name, value in changes.get(what, {}).items():
@@ -333,6 +333,7 @@ FAULTS = [("raise", "generate_error", "KeyError: 'a fault in the function'"), ("
           ("as given", "generate_invalid", "without a response"), ("failed", "generate_failed", "the game was lost"),
           ("mask", "generate_invalid", "1 loss_mask for a response of 2"), ("length", "generate_invalid", "response_length 99"),
           ("log probs", "generate_invalid", "without rollout_log_probs"), ("nan", "generate_invalid", "no finite numbers"),
+          ("huge", "generate_invalid", "no finite numbers of fp32"),
           ("strange", "generate_invalid", "whose fields cannot be read"),
           ("ids", "generate_invalid", "not all ids from 0 to"), ("status", "generate_invalid", "the status 'great'"),
           ("long", "generate_invalid", "of 600 tokens, and the context ends at 512"), ("numbers", "generate_invalid", "other values than 0 and 1"),
