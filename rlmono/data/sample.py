@@ -76,17 +76,25 @@ class PackedSample(msgspec.Struct, array_like=True):
     rest: Sample
     tokens: bytes
     rollout_log_probs: Optional[bytes]
+    weight_version: Optional[int] = None
+    """Of all tokens of the response, where they are of one; else `rest` has them."""
 
     @classmethod
     def of(cls, s: Sample) -> PackedSample:
         """Raises struct.error for tokens that are no int32 and logprobs that are no numbers, OverflowError for any beyond fp32."""
         log_probs = None if s.rollout_log_probs is None else to_bytes("f", s.rollout_log_probs)
-        return cls(msgspec.structs.replace(s, tokens=[], rollout_log_probs=None), to_bytes("i", s.tokens), log_probs)
+        rest, versions = msgspec.structs.replace(s, tokens=[], rollout_log_probs=None), s.weight_versions
+        if not versions or len(versions) != s.response_length or versions.count(versions[0]) < len(versions):
+            return cls(rest, to_bytes("i", s.tokens), log_probs)
+        rest.weight_versions = None
+        return cls(rest, to_bytes("i", s.tokens), log_probs, versions[0])
 
     def unpack(self) -> Sample:
         """The sample; once. Raises ValueError for bytes that are not whole numbers."""
         self.rest.tokens = from_bytes("i", self.tokens)
         self.rest.rollout_log_probs = None if self.rollout_log_probs is None else from_bytes("f", self.rollout_log_probs)
+        if self.weight_version is not None:
+            self.rest.weight_versions = [self.weight_version] * self.rest.response_length
         return self.rest
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+from array import array
 from typing import Any, Callable, Iterable, Mapping, Optional, Sequence
 
 import torch
@@ -23,7 +24,7 @@ from rlmono.engine.invariant import BatchInvariant
 from rlmono.engine.rng import EngineRng
 from rlmono.engine.text import OutputTexts
 from rlmono.world.channel import HEARTBEAT_S, HostLink
-from rlmono.world.messages import Abort, EndPhase, Generate, Heartbeat, Output, Outputs
+from rlmono.world.messages import Abort, EndPhase, Generate, Heartbeat, Output, Outputs, PackedOutput, PackedOutputs
 
 log = logging.getLogger(__name__)
 
@@ -168,7 +169,7 @@ class _Traffic:
 
     def __init__(self, engine: Engine, link: HostLink, texts: Optional[OutputTexts]):
         self._engine, self._link, self._texts = engine, link, texts
-        self._partial: dict[str, tuple[list[int], list[float]]] = {}
+        self._partial: dict[str, tuple[array[int], array[float]]] = {}       # as they travel: nothing is left to do when a response ends
         self._beaten = 0.0
         self.each_step: Callable[[], None] = lambda: None
 
@@ -193,7 +194,7 @@ class _Traffic:
             try:
                 requests.append(self._to_sglang(message))
             except _Refused as refusal:
-                self._link.send(Outputs([Output(refusal.rid, [], [], "abort", self._engine.weight_version, error=str(refusal))]))
+                self._link.send(Outputs([_nothing(refusal.rid, self._engine.weight_version, str(refusal))]))
             if isinstance(message, EndPhase):       # what follows is for the next phase
                 break
         return requests
@@ -222,16 +223,16 @@ class _Traffic:
         if isinstance(output, BatchTokenIDOutput):
             items = [item for i in range(len(output.rids)) if (item := self._finished(output, i)) is not None]
         elif isinstance(output, AbortReq):          # it was still queued: nothing was generated
-            items = [Output(output.rid, [], [], "abort", self._engine.weight_version, error=_refusal(output.finished_reason or {}))]
+            items = [PackedOutput.of(_nothing(output.rid, self._engine.weight_version, _refusal(output.finished_reason or {})))]
         else:
             return
         if items:
-            self._link.send(Outputs(items))
+            self._link.send(PackedOutputs(items))
 
-    def _finished(self, batch: Any, i: int) -> Optional[Output]:
+    def _finished(self, batch: Any, i: int) -> Optional[PackedOutput]:
         rid = batch.rids[i]
-        ids, log_probs = self._partial.setdefault(rid, ([], []))
-        ids.extend(batch.output_ids[i])
+        ids, log_probs = self._partial.setdefault(rid, (array("i"), array("f")))
+        ids.extend(iter(batch.output_ids[i]))       # which may be an array of another kind
         log_probs.extend(batch.output_token_logprobs_val[i] if batch.output_token_logprobs_val else ())     # None: all were refused
         reason = batch.finished_reasons[i]
         if reason is None:
@@ -239,7 +240,13 @@ class _Traffic:
         del self._partial[rid]
         n = min(len(ids), len(log_probs))       # a refused request comes with a token that nobody sampled, without its logprob
         text = None if self._texts is None else self._texts.of(ids[:n])
-        return Output(rid, ids[:n], log_probs[:n], reason["type"], self._engine.weight_version, batch.cached_tokens[i], _refusal(reason), text)
+        return PackedOutput(rid, ids[:n].tobytes(), log_probs[:n].tobytes(), reason["type"], self._engine.weight_version, batch.cached_tokens[i],
+                            _refusal(reason), text)
+
+
+def _nothing(rid: str, version: int, error: str) -> Output:
+    """The answer to a request for which nothing was generated."""
+    return Output(rid, [], [], "abort", version, error=error)
 
 
 def _refusal(reason: Mapping[str, Any]) -> str:
@@ -256,8 +263,6 @@ class _Refused(Exception):
 
 
 def _generate_request(message: Generate, tokenizer: Any) -> Any:
-    from array import array
-
     from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
     from sglang.srt.sampling.sampling_params import SamplingParams
     s = message.sampling

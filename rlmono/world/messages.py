@@ -170,7 +170,7 @@ class Heartbeat(msgspec.Struct, tag=True):
 Message = Union[Generate, Abort, EndPhase, Outputs, TrainBatch, Report, Failed, RunGroup, GroupDone, AbortGroups, Relay, Goodbye, Heartbeat]
 
 
-class _Packed(msgspec.Struct, array_like=True):
+class PackedOutput(msgspec.Struct, array_like=True):
     """An Output as it travels: 8k numbers as bytes take the host a third of the time. Logprobs are of fp32, as the engine's are."""
 
     rid: str
@@ -183,7 +183,7 @@ class _Packed(msgspec.Struct, array_like=True):
     text: Optional[str]
 
     @classmethod
-    def of(cls, o: Output) -> _Packed:
+    def of(cls, o: Output) -> PackedOutput:
         return cls(o.rid, to_bytes("i", o.output_ids), to_bytes("f", o.log_probs), o.finish, o.weight_version, o.cached_tokens,
                    o.error, o.text)
 
@@ -192,8 +192,10 @@ class _Packed(msgspec.Struct, array_like=True):
                       self.cached_tokens, self.error, self.text)
 
 
-class _PackedOutputs(msgspec.Struct, tag="Outputs"):
-    items: list[_Packed]
+class PackedOutputs(msgspec.Struct, tag="Outputs"):
+    """Outputs as they travel; who has the bytes can send it so."""
+
+    items: list[PackedOutput]
 
 
 class _PackedGroup(msgspec.Struct, tag=True):
@@ -203,16 +205,16 @@ class _PackedGroup(msgspec.Struct, tag=True):
     samples: list[PackedSample]
 
 
-def _packed(message: Message) -> Any:
+def _packed(message: Message | PackedOutputs) -> Any:
     if isinstance(message, Outputs):
-        return _PackedOutputs([_Packed.of(o) for o in message.items])
+        return PackedOutputs([PackedOutput.of(o) for o in message.items])
     if isinstance(message, (RunGroup, GroupDone)):
         return _PackedGroup(msgspec.structs.replace(message, samples=[]), [PackedSample.of(s) for s in message.samples])
     return message
 
 
 def _unpacked(message: Any) -> Message:
-    if isinstance(message, _PackedOutputs):
+    if isinstance(message, PackedOutputs):
         return Outputs([p.unpack() for p in message.items])
     if isinstance(message, _PackedGroup):
         return msgspec.structs.replace(message.rest, samples=[p.unpack() for p in message.samples])
@@ -221,10 +223,10 @@ def _unpacked(message: Any) -> Message:
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(
-    Union[(*(t for t in get_args(Message) if t not in (Outputs, RunGroup, GroupDone)), _PackedOutputs, _PackedGroup)])
+    Union[(*(t for t in get_args(Message) if t not in (Outputs, RunGroup, GroupDone)), PackedOutputs, _PackedGroup)])
 
 
-def encode(message: Message) -> bytes:
+def encode(message: Message | PackedOutputs) -> bytes:
     return _encoder.encode(_packed(message))
 
 

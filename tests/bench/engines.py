@@ -1,9 +1,9 @@
-"""Stand-ins for the engines of a node, in one process: `python tests/bench/engines.py MODEL ADDRESS ENGINES TOKENS RATE DELAY_S SPREAD`.
+"""Stand-ins for the engines of a node, in one process: `python tests/bench/engines.py FOLDER ADDRESS ENGINES TOKENS RATE DELAY_S SPREAD`.
 
 They speak the real messages over the real unix socket. Each request is answered with TOKENS tokens, RATE a second over all engines (0: as
 fast as it goes), and not before a time of its own, DELAY_S · (1 ± SPREAD), evenly drawn. An answer begins with the last two tokens of its
-prompt, and where its first two logprobs would be it has the times when its request came and when it went (monotonic, s). Its text is that of
-MODEL's tokenizer; engines make it each in their rank, here it would take one process the time of eight, so all but its beginning is made once.
+prompt, and where its first four logprobs would be it has the times when its request came and when it went (`times`). Its text is
+that of FOLDER/texts/TOKENS.txt: engines make theirs each in its own rank, and here one process would take the time of eight.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ import os
 import random
 import sys
 import time
+from array import array
 from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
 
 import zmq
 
-from rlmono.data.tokenizer import Tokenizer
 from rlmono.world.channel import HostLink
-from rlmono.world.messages import EndPhase, Generate, Output, Outputs
+from rlmono.world.messages import EndPhase, Generate, PackedOutput, PackedOutputs
 
 STEP_S = 0.005
 """Answers come in steps, as a scheduler's do."""
@@ -30,10 +32,8 @@ VOCABULARY = 150_000
 def main(folder: str, address: str, engines: int, tokens: int, rate: float, delay_s: float, spread: float) -> None:
     links = [HostLink(address, rank) for rank in range(engines)]
     draw, poller = random.Random(0), zmq.Poller()
-    ids, log_probs = [draw.randrange(VOCABULARY) for _ in range(tokens)], [-draw.random() for _ in range(tokens)]
-    table = Tokenizer(folder).byte_table
-    assert table is not None
-    rest = table.decode(ids[2:], True)          # that of each answer but for its first two tokens
+    ids, log_probs = array("i", answer(tokens)), array("f", [-draw.random() for _ in range(tokens)])
+    text = (Path(folder) / "texts" / f"{tokens}.txt").read_bytes().decode()
     by_socket = {link.socket: link for link in links}
     for link in links:
         poller.register(link.socket, zmq.POLLIN)
@@ -58,16 +58,34 @@ def main(folder: str, address: str, engines: int, tokens: int, rate: float, dela
         credit, stepped = min(credit + rate * (now - stepped), max(1.0, rate * 0.1)) if rate else float(len(waiting)), now
         if not delay_s:
             waiting.rotate(draw.randrange(len(waiting) + 1))        # in another order
-        step: dict[HostLink, list[Output]] = {}
+        step: dict[HostLink, list[tuple[Generate, float]]] = {}
         while waiting and credit >= 1:
             came, link, request = waiting.popleft()
             credit -= 1
-            ids[:2], log_probs[0] = request.input_ids[-2:], came
-            step.setdefault(link, []).append(Output(request.rid, ids[:], log_probs[:], "length", 1, text=table.decode(ids[:2], True) + rest))
-        for link, items in step.items():
-            for item in items:
-                item.log_probs[1] = time.monotonic()
-            link.send(Outputs(items))
+            step.setdefault(link, []).append((request, came))
+        for link, answers in step.items():
+            items, went = [], time.monotonic()
+            for request, came in answers:
+                ids[:2], log_probs[:4] = array("i", request.input_ids[-2:]), array("f", [*in_two(came), *in_two(went)])
+                items.append(PackedOutput(request.rid, ids.tobytes(), log_probs.tobytes(), "length", 1, 0, "", text))
+            link.send(PackedOutputs(items))
+
+
+def in_two(time_s: float) -> tuple[float, float]:
+    """Two numbers of fp32 that add up to it."""
+    first = array("f", [time_s])[0]
+    return first, time_s - first
+
+
+def times(log_probs: Sequence[float]) -> tuple[float, float]:
+    """(when the request came, when its answer went), monotonic seconds."""
+    return log_probs[0] + log_probs[1], log_probs[2] + log_probs[3]
+
+
+def answer(tokens: int) -> list[int]:
+    """The ids of every answer but for their first two, which are each one's own."""
+    draw = random.Random(tokens)
+    return [draw.randrange(VOCABULARY) for _ in range(tokens)]
 
 
 if __name__ == "__main__":

@@ -55,6 +55,7 @@ def main() -> int:
     for part in parts:
         with tempfile.TemporaryDirectory() as tmp:
             make_tokenizer(Path(tmp))
+            make_texts(Path(tmp))
             made = [f | {"command": f"{COMMAND} {part}", "machine": machine} for f in makers[part](Path(tmp))]
         for f in made:
             mark = "      " if figures.met(f) else "MISSED"
@@ -170,6 +171,17 @@ def make_tokenizer(folder: Path) -> None:
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": words[0], "fix_mistral_regex": False}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     (folder / "config.json").write_text(json.dumps({"model_type": "qwen3", "eos_token_id": 0}))
+
+
+def make_texts(folder: Path) -> None:
+    """What the stand-ins say."""
+    import engines
+
+    from rlmono.data.tokenizer import Tokenizer
+    tokenizer = Tokenizer(str(folder))
+    (folder / "texts").mkdir()
+    for n in LOADS:
+        (folder / "texts" / f"{n}.txt").write_bytes(tokenizer.decode(engines.answer(n), True).encode())
 
 
 # ---------------------------------------------------------------- carry
@@ -293,11 +305,15 @@ def moments(rate: float) -> Iterator[float]:
 
 async def added_s(folder: Path, tokens: int, rate: float, spread: float) -> tuple[list[float], list[float], list[float]]:
     """The three parts of each request, in seconds; without those of the first second. Clocks are the machine's monotonic one."""
+    import engines
     made, answers, ended = dict[int, float](), dict[int, tuple[float, float, float]](), dict[int, float]()
     async with host(folder, tokens, delay_s=DELAY_S, spread=spread) as h:
         node = h.cluster.host
+
+        def answered(output: Any, ids: list[int], *_: Any) -> None:
+            answers[_number(ids)] = (*engines.times(output.log_probs), time.monotonic())
         for e in node.engines.values():
-            e.generate = _noting(e.generate, lambda output, ids, *_: answers.update({_number(ids): (*output.log_probs[:2], time.monotonic())}))
+            e.generate = _noting(e.generate, answered)
         node.rewards.reward = _noting(node.rewards.reward, lambda _, samples, *__: ended.update({s.index: time.monotonic() for s in samples}))
 
         async def one() -> Any:
@@ -328,6 +344,8 @@ def _number(ids: Sequence[int]) -> int:
 
 def paced(folder: Path, tokens: int, rate: float, spread: float) -> tuple[list[float], list[float]]:
     """The first two parts, of a loop that does nothing but encode, send, receive and decode."""
+    import engines
+
     from rlmono.world.messages import Generate, Outputs, Sampling, decode, encode
     made, there, back = dict[int, float](), [], []
     with bare_socket(folder, tokens, DELAY_S, spread) as router:
@@ -335,7 +353,7 @@ def paced(folder: Path, tokens: int, rate: float, spread: float) -> tuple[list[f
             message, now = decode(router.recv_multipart()[1]), time.monotonic()
             assert isinstance(message, Outputs)
             for item in message.items:
-                at, (came, went) = made.pop(item.output_ids[0] * BASE + item.output_ids[1]), item.log_probs[:2]
+                at, (came, went) = made.pop(item.output_ids[0] * BASE + item.output_ids[1]), engines.times(item.log_probs)
                 if at > begun + 1:
                     there.append(came - at)
                     back.append(now - went)
