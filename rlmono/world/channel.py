@@ -29,8 +29,9 @@ _ZAP_DOMAIN = "rlmono"
 _NOW, _NOW_AND_MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)       # pyzmq's enums are slow
 _EVENTS, _READABLE = int(zmq.EVENTS), int(zmq.POLLIN)
 _send, _receive, _get = zmq.backend.Socket.send, zmq.backend.Socket.recv, zmq.backend.Socket.get        # without what pyzmq puts around them
-_AT_ONCE = 64
-"""Messages in a turn of the loop."""
+_AT_ONCE, _MUCH = 64, 64 << 10
+"""Messages in a turn of the loop, and the bytes after which no more are read in it: what came first is finished before the next is begun, else
+all would be finished as late as the last."""
 HEARTBEAT_S = 2.0
 """From one heartbeat to the next, between hosts and from an engine that serves to its host."""
 
@@ -169,12 +170,16 @@ class DeviceSocket:
     def _read(self) -> None:
         self._reads_soon = False
         try:
+            size = 0
             for _ in range(_AT_ONCE):
                 if self._take is None:
                     return
+                if size > _MUCH:
+                    break
                 if not _get(self._socket, _EVENTS) & _READABLE:        # type: ignore[operator]
                     return
                 identity, payload = _receive(self._socket, _NOW), _receive(self._socket, _NOW)      # a message's parts come together
+                size += len(payload)
                 self._take(int(identity.partition(b"/")[0]), payload)
             self._read_soon()           # others come first
         except Exception as e:

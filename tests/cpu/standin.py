@@ -24,11 +24,12 @@ Answers = Callable[[list[int]], Any]
 
 
 class ScriptedEngine(EngineClient):
-    """Answers each request in the next turn of the loop; one that it is told to leave open, only when it is aborted."""
+    """Answers each request in the next turn of the loop; one that it is told to leave open, only when it is aborted. `text` is that of ids,
+    where it sends it."""
 
-    def __init__(self, answers: Answers):
+    def __init__(self, answers: Answers, text: Callable[[list[int]], str | None] = lambda _: None):
         super().__init__("engine 0", self._take, concurrency=64)
-        self.answers = answers
+        self.answers, self.text = answers, text
         self.requests: list[Generate] = []
         self.aborted: list[str] = []
 
@@ -40,7 +41,8 @@ class ScriptedEngine(EngineClient):
                 ids, finish = answer if isinstance(answer, tuple) else (answer, "stop")
                 ids = list(ids)[:message.sampling.max_new_tokens]
                 finish = "length" if len(ids) == message.sampling.max_new_tokens and finish == "stop" else finish
-                loop.call_soon(self.deliver, Outputs([Output(message.rid, ids, log_probs(message.input_ids, ids), finish, VERSION)]))
+                output = Output(message.rid, ids, log_probs(message.input_ids, ids), finish, VERSION, text=self.text(ids))
+                loop.call_soon(self.deliver, Outputs([output]))
         elif isinstance(message, Abort):
             self.aborted.append(message.rid)
             loop.call_soon(self.deliver, Outputs([Output(message.rid, [], [], "abort", VERSION)]))

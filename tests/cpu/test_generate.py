@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,35 @@ def test_an_aborted_sample_goes_on_in_the_middle_of_its_turn(tokenizer: Tokenize
     done, engine = run_group(make_config(tokenizer, CALCULATOR), scripted(tokenizer, "7</calc><|end|>", "4<|end|>"), [s], max_new_tokens=30)
     assert done.samples[0].response == "<calc>6*7</calc><|end|><|tool|>42<|end|><|assistant|>4<|end|>"
     assert engine.requests[0].sampling.max_new_tokens == 30 - 3, "less what is there"
+
+
+def test_the_text_that_an_engine_sends_is_not_made_again(tokenizer: Tokenizer) -> None:
+    """Where it is all that is asked for: of a first turn, and of the last, but not of the whole of several, or of one that was taken up again."""
+    async def run(function: Any, samples: list[Sample], *texts: str) -> tuple[GroupDone, list[str]]:
+        async with Standin(make_config(tokenizer, function), scripted(tokenizer, *texts)) as host:
+            made, decode = list[str](), host.host.texts.decode
+
+            async def noting(ids: Sequence[int]) -> str:
+                made.append(await decode(ids))
+                return made[-1]
+            host.host.texts.decode, host.engine.text = noting, tokenizer.decode      # type: ignore[method-assign]
+            return await host.run(samples), made
+    done, made = asyncio.run(run(None, [prompt(tokenizer)], "4<|end|>"))
+    assert done.samples[0].response == "4<|end|>" and made == []
+    done, made = asyncio.run(run(CALCULATOR, [prompt(tokenizer)], "<calc>6*7</calc><|end|>", "4<|end|>"))
+    whole = "<calc>6*7</calc><|end|><|tool|>42<|end|><|assistant|>4<|end|>"
+    assert done.samples[0].response == whole and made == [whole]
+    done, made = asyncio.run(run(None, [aborted(tokenizer)], "4<|end|>"))
+    assert [done.samples[0].response] == made == ["1+4<|end|>"]
+
+
+def aborted(tokenizer: Tokenizer) -> Sample:
+    """As it comes back from a rollout that has ended."""
+    sample = prompt(tokenizer)
+    ids = tokenizer.render("1+")
+    sample.tokens, sample.response, sample.response_length = [*sample.tokens, *ids], "1+", len(ids)
+    sample.rollout_log_probs, sample.weight_versions, sample.status = [-1.0] * len(ids), [1] * len(ids), ABORTED
+    return sample
 
 
 def test_strings_end_responses_in_rollouts_and_evaluations() -> None:

@@ -286,11 +286,13 @@ def test_socket_folders_of_dead_runs_are_swept_and_no_others(tmp_path: Path, mon
 MESSAGES = [
     messages.Generate("0" * 16, [1, 2], messages.Sampling(5, 0.7, seed=2**61)),
     messages.Abort(), messages.EndPhase(), messages.AbortGroups(), messages.Heartbeat(), messages.Goodbye("why"), messages.Failed("why"),
-    messages.Outputs([messages.Output("r", [3], [-0.1], "stop", 2)]),
+    messages.Outputs([messages.Output("r", [3], [-0.5], "stop", 2, text="a")]),
     messages.TrainBatch(1, [messages.TrainStep([[messages.TrainSample(0, 0, 1.0, bytes(12), 1, b"\x01", bytes(4))]], 1, 1)], [(0, 0, 1.0)]),
     messages.Report("trained", 3, {"metrics": {"a": 1.5}, "reports": True}),
     messages.RunGroup(7, 0, [Sample(index=1, group_index=0, prompt="p", tokens=[1], metadata={"a": [1]})], messages.Sampling(5), False),
-    messages.GroupDone(7, [], error="why", failures=[messages.Failure(3, "generate_error", "why")]),
+    messages.GroupDone(7, [Sample(index=1, tokens=[1, 2, 3], response_length=2, rollout_log_probs=[-0.5, 0.0], weight_versions=versions, **more)
+                           for versions, more in (([4, 4], {}), ([4, 5], {"loss_mask": [1, 0]}), ([], {}), (None, {"reward": {"a": 1.0}}))],
+                       error="why", failures=[messages.Failure(3, "generate_error", "why")]),
     messages.Relay(3, msgspec.Raw(messages.encode(messages.EndPhase()))),
 ]
 
@@ -300,6 +302,7 @@ def test_messages_come_back_as_they_were(message: messages.Message) -> None:
     again = messages.decode(messages.encode(message))
     assert type(again) is type(message)
     assert messages.encode(again) == messages.encode(message)
+    assert again == message or isinstance(message, messages.Relay)      # whose payload is another view of equal bytes
 
 
 def test_every_kind_of_message_is_in_the_round_trip() -> None:

@@ -44,6 +44,15 @@ def serve(requests: dict[int, list[Any]]) -> dict[str, Any]:
     return HERE["host"].generate(HERE["engine"], requests)      # type: ignore[no-any-return]
 
 
+def write_tokenizer(folder: Path) -> None:
+    """Of bytes, as those of large models: engines make the text of such responses."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet())[:tiny.VOCABULARY])}, []))
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+
+
 # ---------------------------------------------------------------- weights
 
 def case_built_and_updated() -> None:
@@ -52,6 +61,7 @@ def case_built_and_updated() -> None:
     from rlmono.weights.update import Colocated
     if dist.get_rank() == 0 and not (FOLDER / NAME).exists():
         tiny.make_models(FOLDER)
+        write_tokenizer(FOLDER / NAME)
     dist.barrier()
     options = dict(rollout_num_gpus_per_engine=TP, tensor_model_parallel_size=TRAINER_TP, sequence_parallel=TRAINER_TP > 1, deterministic=True,
                    rollout_seed=1, sglang_server_concurrency=CONCURRENCY, rollout_temperature=TEMPERATURE, lr=5e-3)
@@ -117,6 +127,21 @@ def case_greedy_is_transformers_argmax() -> dict[str, float]:
         worst = max(worst, *(abs(log_p[k, t].item() - x) for k, (t, x) in enumerate(zip(out.output_ids, out.log_probs, strict=True))))
     assert worst <= 1e-5, worst
     return {"max_abs_logprob_difference": worst}
+
+
+def case_engines_send_the_text() -> None:
+    """It is the one that the host's tokenizer makes."""
+    from rlmono.data.tokenizer import Tokenizer
+    texts = HERE["engine"]._traffic._texts
+    assert (texts is not None) == HERE["engine"].is_first
+    if texts is not None:
+        texts._table.result(60)
+    dist.barrier()
+    got, tokenizer = serve(on_all([request(i, p, 16, seed=i) for i, p in enumerate(PROMPTS)])), Tokenizer(str(FOLDER / NAME))
+    assert tokenizer.byte_table is not None
+    for out in got.values():
+        assert out.text == tokenizer.decode(out.output_ids), out
+    assert len({out.text for out in got.values()}) > 1
 
 
 def case_stop_tokens_end_a_response() -> None:
