@@ -12,7 +12,7 @@ from typing import Any
 
 
 def to_bytes(kind: str, numbers: Sequence[Any]) -> bytes:
-    """Raises struct.error for what is no such number, OverflowError for what is beyond fp32 (f)."""
+    """Raises struct.error for what is no such number; what is beyond fp32 (f) becomes infinite."""
     if isinstance(numbers, array) and numbers.typecode == kind:
         return numbers.tobytes()
     return struct.pack(f"{len(numbers)}{kind}", *numbers)

@@ -81,7 +81,7 @@ class PackedSample(msgspec.Struct, array_like=True):
 
     @classmethod
     def of(cls, s: Sample) -> PackedSample:
-        """Raises struct.error for tokens that are no int32 and logprobs that are no numbers, OverflowError for any beyond fp32."""
+        """Raises struct.error for tokens that are no int32, and logprobs that are no numbers."""
         log_probs = None if s.rollout_log_probs is None else to_bytes("f", s.rollout_log_probs)
         rest, versions = msgspec.structs.replace(s, tokens=[], rollout_log_probs=None), s.weight_versions
         if not versions or len(versions) != s.response_length or versions.count(versions[0]) < len(versions):

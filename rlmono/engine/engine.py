@@ -48,12 +48,14 @@ class Engine:
         self.ranks = next(e for e in engines if rank in e)
         self.is_first = rank == self.ranks[0]
         self.weight_version = 0
-        self._traffic = _Traffic(self, link, OutputTexts(config.hf_checkpoint or "", config.rollout_skip_special_tokens) if self.is_first else None)
+        self._traffic = _Traffic(self, link)
         compat.override(self._traffic.make_channels, self._traffic.pull, config.model.get("latent_norm_epsilon"))
         self.args = server_args(config, device=device, dtype=dtype, memory_saver=memory_saver)
         make_groups(engines, self.args, local_rank, "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
         stops = bool(config.rollout_stop or config.custom_generate_function_path or config.eval_config)
         self.scheduler = self._build_scheduler(local_rank, stops)
+        if self.is_first:
+            self._traffic.texts = OutputTexts(config.hf_checkpoint or "", config.rollout_skip_special_tokens)
         self._plan = loadplan.LoadPlan(self._model())
         self._copies = compat.copies_of_weights(self._model())
         if config.deterministic and device == "cpu":
@@ -167,8 +169,9 @@ def _bits(x: torch.Tensor) -> torch.Tensor:
 class _Traffic:
     """Between our socket and SGLang's scheduler: its request receiver and its two senders."""
 
-    def __init__(self, engine: Engine, link: HostLink, texts: Optional[OutputTexts]):
-        self._engine, self._link, self._texts = engine, link, texts
+    def __init__(self, engine: Engine, link: HostLink):
+        self._engine, self._link = engine, link
+        self.texts: Optional[OutputTexts] = None
         self._partial: dict[str, tuple[array[int], array[float]]] = {}       # as they travel: nothing is left to do when a response ends
         self._beaten = 0.0
         self.each_step: Callable[[], None] = lambda: None
@@ -239,7 +242,7 @@ class _Traffic:
             return None
         del self._partial[rid]
         n = min(len(ids), len(log_probs))       # a refused request comes with a token that nobody sampled, without its logprob
-        text = None if self._texts is None else self._texts.of(ids[:n])
+        text = None if self.texts is None else self.texts.of(ids[:n])
         return PackedOutput(rid, ids[:n].tobytes(), log_probs[:n].tobytes(), reason["type"], self._engine.weight_version, batch.cached_tokens[i],
                             _refusal(reason), text)
 

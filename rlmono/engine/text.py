@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from rlmono.data.bytewise import ByteTable
-from rlmono.data.tokenizer import Tokenizer, TokenizerError
+from rlmono.data.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 
 class OutputTexts:
-    """With the tokenizer of `folder`, which is read in a thread: building it costs the engine's start nothing."""
+    """With the tokenizer of `folder`, which is read in a thread, beside the first update. Build it when all is imported."""
 
     def __init__(self, folder: str, skip_special_tokens: bool):
         self._skip_special_tokens = skip_special_tokens
@@ -33,5 +36,6 @@ class OutputTexts:
 def _table(folder: str) -> ByteTable | None:
     try:
         return Tokenizer(folder).byte_table
-    except TokenizerError:      # the host needs one, and says so
+    except Exception as e:      # the host needs a tokenizer, and decodes where the engine does not
+        log.warning("the host will make the text of responses: %s: %s", type(e).__name__, e)
         return None

@@ -137,7 +137,7 @@ class RemoteWorker:
 
     @property
     def idle(self) -> bool:
-        return self._ready and not self.in_flight
+        return not self.in_flight and self.room > 0
 
     def send(self, items: list[Item]) -> None:
         now = time.monotonic()

@@ -73,7 +73,8 @@ def _serve_in_turn(inbox: BinaryIO, outbox: BinaryIO, args: Any) -> None:
         task = _decode_task(data)
         outcome = _score(task, args)
         outcome.seconds = time.perf_counter() - begun
-        _send(outbox, outcome)      # before the samples are let go of: 8k tokens take 0.3 ms
+        _send(outbox, outcome)
+        del data, task, outcome     # not before the answer: to let go of 8k tokens takes 0.3 ms
 
 
 async def _serve_concurrently(inbox: BinaryIO, outbox: BinaryIO, args: Any) -> None:

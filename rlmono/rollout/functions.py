@@ -30,8 +30,6 @@ from rlmono.world.messages import Sampling
 
 Function = Callable[[Any, Sample, Any, GenerateState], Awaitable[Any]]
 SIGNATURE = "async def function(args, sample, sampling_params), with `state` and `evaluation` after that where it wants them"
-
-
 LARGEST = 3.4028234663852886e38
 """Of fp32."""
 _FINITE = list[Annotated[float, msgspec.Meta(ge=-LARGEST, le=LARGEST)]]
@@ -105,7 +103,7 @@ async def make_samples(function: Function, config: Config, sample: Sample, sampl
         raise SampleFailed("generate_error", f"{type(e).__name__}: {e}") from e
     try:
         return checked(config, sample, made)
-    except (TypeError, AttributeError, OverflowError) as e:     # fields of other types
+    except (TypeError, ValueError, AttributeError, OverflowError) as e:     # fields of other types
         raise SampleFailed("generate_invalid", f"the generate function returned a sample whose fields cannot be read: {e}") from e
 
 
@@ -126,8 +124,13 @@ def checked(config: Config, given: Sample, made: Any) -> list[Sample]:
             s.rm_type, s.custom_rm_path = (s.rm_type, s.custom_rm_path) if s.rm_type or s.custom_rm_path else (given.rm_type, given.custom_rm_path)
             s.reward_key = s.reward_key or given.reward_key
             s.prompt, s.label, s.metadata = s.prompt or given.prompt, given.label if s.label is None else s.label, {**given.metadata, **s.metadata}
+        for name in ("tokens", "rollout_log_probs", "loss_mask", "weight_versions"):
+            if hasattr(values := getattr(s, name), "tolist"):       # numpy's or torch's
+                setattr(s, name, values.tolist())
         if problem := _problem(config, s):
             raise SampleFailed("generate_invalid", f"the generate function returned a sample {problem}")
+        if s.loss_mask is not None and not _fits(s.loss_mask, list[int]):       # True, 1.0
+            s.loss_mask = list(map(int, s.loss_mask))
         if s.status == PENDING:
             s.status = COMPLETED
     return kept
@@ -155,11 +158,13 @@ def _problem(config: Config, s: Sample) -> str:
         return "with rollout_log_probs that are no finite numbers of fp32"
     if s.loss_mask is not None and not set(s.loss_mask) <= {0, 1}:
         return "with a loss_mask that has other values than 0 and 1"
+    if s.weight_versions is not None and not _fits(s.weight_versions, list[int]):
+        return "with weight_versions that are not whole numbers"
     return ""
 
 
 def _are_finite(values: Sequence[Any]) -> bool:
-    """Finite numbers of fp32, in which they travel and train; also numpy's."""
+    """Finite numbers of fp32, in which they travel and train; also float64 of numpy."""
     return _fits(values, _FINITE) or all(isinstance(x, (int, float)) and abs(x) <= LARGEST for x in values)
 
 

@@ -132,7 +132,7 @@ def append_tokens(sample: Sample, output: Output) -> None:
     """Append what the engine wrote to the sample's tokens, and leave its text as it was."""
     sample.tokens = sample.tokens + output.output_ids
     sample.response_length += len(output.output_ids)
-    sample.rollout_log_probs = sample.rollout_log_probs + output.log_probs if sample.rollout_log_probs else output.log_probs
+    sample.rollout_log_probs = (sample.rollout_log_probs or []) + output.log_probs
     sample.weight_versions = (sample.weight_versions or []) + [output.weight_version] * len(output.output_ids)
     if sample.loss_mask is not None:
         sample.loss_mask = sample.loss_mask + [1] * len(output.output_ids)

@@ -212,7 +212,12 @@ async def serve_node(host: NodeHost, mesh: HostMesh, timeout_s: float) -> None:
             await asyncio.sleep(HEARTBEAT_S)
 
     async def run(job: RunGroup) -> None:
-        up(await host.run_group(job))
+        done = await host.run_group(job)
+        try:
+            up(done)
+        except Exception as e:          # the controller would wait for it
+            log.exception("what became of group %d cannot be sent", job.samples[0].group_index)
+            up(GroupDone(job.job, [], error=f"what its samples hold cannot be sent: {type(e).__name__}: {e}"))
 
     running: set[asyncio.Task[None]] = set()
     loops = {"reading from the controller": read_mesh(), "the heartbeat": beat(), "reading from devices": host.read_devices(),

@@ -161,8 +161,9 @@ class Session:
         sample = copy.copy(place.base)
         append_tokens(sample, output)
         ends = output.finish == "stop" and bool(output.output_ids) and output.output_ids[-1] in state.sampling.stop_token_ids
+        begun = sample.response_length - len(output.output_ids)
         sample.response, text = await asyncio.gather(state.text_since(0, sample, output),
-                                                     state.text(output.output_ids[:-1] if ends else output.output_ids))
+                                                     state.text(output.output_ids[:-1]) if ends else state.text_since(begun, sample, output))
         if output.finish == "stop" and not ends:
             text = text[:min((i for s in stop if (i := text.find(s)) >= 0), default=len(text))]
         choice = self._choice(text, output, calls, len(place.base.tokens))

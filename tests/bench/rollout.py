@@ -282,7 +282,7 @@ def latency(tmp: Path) -> list[dict[str, Any]]:
             out.append(figure(f"added to a request of {tokens} tokens, {how}, p99", _p99(whole), "ms", "<= 5",
                               f"a bare loop in the same run, median and p99: {floor}",
                               f"{load // 2} requests a second in groups of {GROUP}; median and p99: whole {_tail(whole)}, to the engine {there}, "
-                              f"the answer {back}, text and reward {rewarded} ms; {len(whole)} requests"))
+                              f"the answer {back}, reward {rewarded} ms; {len(whole)} requests"))
     return out
 
 

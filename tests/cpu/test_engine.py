@@ -6,13 +6,18 @@ And what needs no SGLang: the sampler that heeds seeds on CPU, and the host's vi
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import Future, wait
+from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
+from tokenizers import decoders, models, pre_tokenizers
 from torchrun import WORLDS, Result, case_names, run_world
 
 from rlmono.engine.compat import _multinomial_with_seed
+from rlmono.engine.text import OutputTexts
 from rlmono.rollout.engines import EngineClient, EngineFault
 from rlmono.world.messages import Abort, EndPhase, Generate, Message, Output, Outputs, Sampling
 
@@ -70,6 +75,28 @@ def test_a_row_depends_on_its_own_inputs_only() -> None:
 def test_what_has_no_probability_is_never_drawn() -> None:
     log_p = torch.tensor([0.5, 0.0, 0.5]).log()
     assert set(draw(log_p, torch.arange(1000)).tolist()) == {0, 2}
+
+
+# ---------------------------------------------------------------- texts
+
+def test_the_host_makes_the_texts_that_the_engine_cannot(tmp_path: Path) -> None:
+    """While the tokenizer is read, where it cannot be read or has no table of bytes, and of ids beyond it."""
+    words = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = tokenizers.Tokenizer(models.BPE(words, []))
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|end|>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
+    ids, texts = [words["H"], words["i"], len(words)], {skip: OutputTexts(str(tmp_path), skip) for skip in (True, False)}
+    wait([t._table for t in texts.values()], 60)
+    assert (texts[True].of(ids), texts[False].of(ids)) == ("Hi", "Hi<|end|>")
+    assert texts[True].of([]) == "" and texts[True].of([5000]) is None
+    broken = OutputTexts(str(tmp_path / "nothing"), True)
+    wait([broken._table], 60)
+    assert broken.of(ids) is None
+    texts[True]._table = Future()
+    assert texts[True].of(ids) is None
 
 
 # ---------------------------------------------------------------- the host's view

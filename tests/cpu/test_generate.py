@@ -27,6 +27,7 @@ from rlmono.rollout.functions import adapted
 from rlmono.rollout.generate import as_dict, as_sampling
 from rlmono.rollout.sampling import eval_sampling, rollout_sampling
 from rlmono.trainer.credit import sample_scores
+from rlmono.world import messages
 from rlmono.world.messages import Failure, GroupDone, Sampling
 
 HERE = Path(__file__).name
@@ -141,6 +142,23 @@ def aborted(tokenizer: Tokenizer) -> Sample:
     sample.tokens, sample.response, sample.response_length = [*sample.tokens, *ids], "1+", len(ids)
     sample.rollout_log_probs, sample.weight_versions, sample.status = [-1.0] * len(ids), [1] * len(ids), ABORTED
     return sample
+
+
+async def returns_arrays(args: Any, sample: Sample, sampling_params: dict[str, Any], state: Any) -> Sample:
+    await state.turn(sample)
+    sample.tokens, sample.rollout_log_probs = np.array(sample.tokens), np.array(sample.rollout_log_probs, np.float32)      # type: ignore[assignment]
+    sample.loss_mask, sample.weight_versions = [True] * sample.response_length, np.array(sample.weight_versions)     # type: ignore[assignment]
+    return sample
+
+
+def test_arrays_become_lists(tokenizer: Tokenizer) -> None:
+    """They travel then as any others."""
+    done, _ = run_group(make_config(tokenizer, own("returns_arrays")), lambda _: tokenizer.render("4<|end|>"), [prompt(tokenizer)])
+    [s] = done.samples
+    assert s.loss_mask == [1, 1] and s.weight_versions == [VERSION] * 2 and tokenizer.decode(s.tokens[-2:]) == "4<|end|>"
+    assert {type(x) for x in (*s.tokens, *s.loss_mask, *s.weight_versions)} == {int}
+    again = messages.decode(messages.encode(done))
+    assert isinstance(again, GroupDone) and again.samples == done.samples
 
 
 def test_strings_end_responses_in_rollouts_and_evaluations() -> None:
@@ -348,6 +366,7 @@ async def misbehaves(args: Any, sample: Sample, sampling_params: Any, state: Any
     changes: dict[str, dict[str, Any]] = {
         "mask": {"loss_mask": [1]}, "strange": {"tokens": 5}, "length": {"response_length": 99},
         "log probs": {"rollout_log_probs": None}, "nan": {"rollout_log_probs": [math.nan] * 2}, "huge": {"rollout_log_probs": [-1e300] * 2},
+        "versions": {"weight_versions": [None, None]}, "table": {"rollout_log_probs": np.zeros((2, 2))},
         "ids": {"tokens": [*sample.tokens, 3, 10**6]}, "status": {"status": "great"}, "long": {"tokens": [1] * 600}, "numbers": {"loss_mask": [2, 2]}}
     await state.turn(sample)
     for name, value in changes.get(what, {}).items():
@@ -363,7 +382,8 @@ FAULTS = [("raise", "generate_error", "KeyError: 'a fault in the function'"), ("
           ("as given", "generate_invalid", "without a response"), ("failed", "generate_failed", "the game was lost"),
           ("mask", "generate_invalid", "1 loss_mask for a response of 2"), ("length", "generate_invalid", "response_length 99"),
           ("log probs", "generate_invalid", "without rollout_log_probs"), ("nan", "generate_invalid", "no finite numbers"),
-          ("huge", "generate_invalid", "no finite numbers of fp32"),
+          ("huge", "generate_invalid", "no finite numbers of fp32"), ("versions", "generate_invalid", "not whole numbers"),
+          ("table", "generate_invalid", "no finite numbers"),
           ("strange", "generate_invalid", "whose fields cannot be read"),
           ("ids", "generate_invalid", "not all ids from 0 to"), ("status", "generate_invalid", "the status 'great'"),
           ("long", "generate_invalid", "of 600 tokens, and the context ends at 512"), ("numbers", "generate_invalid", "other values than 0 and 1"),

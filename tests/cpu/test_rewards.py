@@ -345,7 +345,15 @@ def test_a_worker_that_does_not_come_up_again_ends_the_run(use: Callable[..., No
             await scores(pool, "leave", "ok", "ok")
         with pytest.raises(RewardError, match="SyntaxError"):
             await scores(pool, "ok")
-    use(body)
+    use(body, reward_workers=1)
+
+
+@pytest.mark.parametrize(("cores", "workers"), [(1, 1), (2, 1), (15, 1), (16, 2), (64, 8), (256, 8)])
+def test_workers_by_cores(cores: int, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
+    pool = RewardPool(Config())
+    assert len(pool._new_lane([], False)._workers) == workers
+    assert len(RewardPool(Config(reward_workers=3))._new_lane([], False)._workers) == 3
 
 
 @pytest.mark.parametrize("function", ["plain", "waits"])

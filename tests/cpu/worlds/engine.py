@@ -132,7 +132,7 @@ def case_greedy_is_transformers_argmax() -> dict[str, float]:
 def case_engines_send_the_text() -> None:
     """It is the one that the host's tokenizer makes."""
     from rlmono.data.tokenizer import Tokenizer
-    texts = HERE["engine"]._traffic._texts
+    texts = HERE["engine"]._traffic.texts
     assert (texts is not None) == HERE["engine"].is_first
     if texts is not None:
         texts._table.result(60)
