@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import zmq.asyncio
 from standin import VERSION, ScriptedEngine, Standin, log_probs, make_config, make_folder, run_group
 
 from rlmono.agents.calculator import LANGUAGE, calculate
@@ -25,9 +26,11 @@ from rlmono.rollout.failures import Failures, refuse_without_rewards
 from rlmono.rollout.filters import Verdict, check_reward_nonzero_std, judge
 from rlmono.rollout.functions import adapted
 from rlmono.rollout.generate import as_dict, as_sampling
+from rlmono.rollout.host import serve_node
 from rlmono.rollout.sampling import eval_sampling, rollout_sampling
 from rlmono.trainer.credit import sample_scores
 from rlmono.world import messages
+from rlmono.world.channel import HostMesh
 from rlmono.world.messages import Failure, GroupDone, Sampling
 
 HERE = Path(__file__).name
@@ -142,6 +145,32 @@ def aborted(tokenizer: Tokenizer) -> Sample:
     sample.tokens, sample.response, sample.response_length = [*sample.tokens, *ids], "1+", len(ids)
     sample.rollout_log_probs, sample.weight_versions, sample.status = [-1.0] * len(ids), [1] * len(ids), ABORTED
     return sample
+
+
+async def notes_an_object(args: Any, sample: Sample, sampling_params: dict[str, Any], state: Any) -> Sample:
+    await state.turn(sample)
+    sample.metadata = {"game": object()}
+    return sample
+
+
+def test_a_group_that_cannot_be_sent_is_an_error_at_the_controller(tokenizer: Tokenizer) -> None:
+    """From another node: the controller would wait for it until the phase's deadline."""
+    async def main() -> messages.Message:
+        context = zmq.asyncio.Context()
+        here, there = context.socket(zmq.PAIR), context.socket(zmq.PAIR)
+        here.bind("inproc://mesh")
+        there.connect("inproc://mesh")
+        async with Standin(make_config(tokenizer, own("notes_an_object")), scripted(tokenizer, "4<|end|>")) as host:
+            node = asyncio.create_task(serve_node(host.host, HostMesh(there, None), 30))
+            await here.send(messages.encode(messages.RunGroup(5, 0, [prompt(tokenizer)], Sampling(8), False)))
+            while isinstance(message := messages.decode(await asyncio.wait_for(here.recv(), 20)), messages.Heartbeat):
+                pass
+            await here.send(messages.encode(messages.Goodbye()))
+            await asyncio.wait_for(node, 20)
+        context.destroy(0)
+        return message
+    done = asyncio.run(main())
+    assert isinstance(done, GroupDone) and done.job == 5 and "cannot be sent: TypeError" in done.error, done
 
 
 async def returns_arrays(args: Any, sample: Sample, sampling_params: dict[str, Any], state: Any) -> Sample:
