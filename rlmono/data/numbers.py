@@ -1,6 +1,6 @@
 """Lists of numbers as bytes, and back: what travels, and what numpy reads. `struct` takes 8k numbers of a list in 0.2 ms, `array` and numpy in 0.5.
 
-`kind` is struct's letter: i (int32), d and f (float64 and float32), and both ends are on machines of one byte order.
+`kind` is struct's letter, i (int32) or f (float32), and both ends are on machines of one byte order.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from rlmono.engine.invariant import BatchInvariant
 from rlmono.engine.rng import EngineRng
 from rlmono.engine.text import OutputTexts
 from rlmono.world.channel import HEARTBEAT_S, HostLink
-from rlmono.world.messages import Abort, EndPhase, Generate, Heartbeat, Output, Outputs, PackedOutput, PackedOutputs
+from rlmono.world.messages import Abort, EndPhase, Generate, Heartbeat, PackedOutput, PackedOutputs
 
 log = logging.getLogger(__name__)
 
@@ -197,7 +197,7 @@ class _Traffic:
             try:
                 requests.append(self._to_sglang(message))
             except _Refused as refusal:
-                self._link.send(Outputs([_nothing(refusal.rid, self._engine.weight_version, str(refusal))]))
+                self._link.send(PackedOutputs([_nothing(refusal.rid, self._engine.weight_version, str(refusal))]))
             if isinstance(message, EndPhase):       # what follows is for the next phase
                 break
         return requests
@@ -226,7 +226,7 @@ class _Traffic:
         if isinstance(output, BatchTokenIDOutput):
             items = [item for i in range(len(output.rids)) if (item := self._finished(output, i)) is not None]
         elif isinstance(output, AbortReq):          # it was still queued: nothing was generated
-            items = [PackedOutput.of(_nothing(output.rid, self._engine.weight_version, _refusal(output.finished_reason or {})))]
+            items = [_nothing(output.rid, self._engine.weight_version, _refusal(output.finished_reason or {}))]
         else:
             return
         if items:
@@ -242,14 +242,15 @@ class _Traffic:
             return None
         del self._partial[rid]
         n = min(len(ids), len(log_probs))       # a refused request comes with a token that nobody sampled, without its logprob
-        text = None if self.texts is None else self.texts.of(ids[:n])
-        return PackedOutput(rid, ids[:n].tobytes(), log_probs[:n].tobytes(), reason["type"], self._engine.weight_version, batch.cached_tokens[i],
+        ids, log_probs = ids[:n], log_probs[:n]
+        text = None if self.texts is None else self.texts.of(ids)
+        return PackedOutput(rid, ids.tobytes(), log_probs.tobytes(), reason["type"], self._engine.weight_version, batch.cached_tokens[i],
                             _refusal(reason), text)
 
 
-def _nothing(rid: str, version: int, error: str) -> Output:
+def _nothing(rid: str, version: int, error: str) -> PackedOutput:
     """The answer to a request for which nothing was generated."""
-    return Output(rid, [], [], "abort", version, error=error)
+    return PackedOutput(rid, b"", b"", "abort", version, error=error)
 
 
 def _refusal(reason: Mapping[str, Any]) -> str:

@@ -122,9 +122,7 @@ class GenerateState:
 
 async def generate(args: Any, sample: Sample, sampling: SamplingParams, state: GenerateState) -> Sample:
     """One turn: the prompt's tokens in, the response's tokens, logprobs and weight versions on the sample."""
-    output = await state.generate(sample.tokens, sampling)
-    append_tokens(sample, output)
-    sample.response = await state.text_since(0, sample, output)
+    await state.turn(sample, sampling)
     return sample
 
 

@@ -178,9 +178,9 @@ class PackedOutput(msgspec.Struct, array_like=True):
     log_probs: bytes
     finish: str
     weight_version: int
-    cached_tokens: int
-    error: str
-    text: Optional[str]
+    cached_tokens: int = 0
+    error: str = ""
+    text: Optional[str] = None
 
     @classmethod
     def of(cls, o: Output) -> PackedOutput:

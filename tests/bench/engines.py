@@ -67,7 +67,7 @@ def main(folder: str, address: str, engines: int, tokens: int, rate: float, dela
             items, went = [], time.monotonic()
             for request, came in answers:
                 ids[:2], log_probs[:4] = array("i", request.input_ids[-2:]), array("f", [*in_two(came), *in_two(went)])
-                items.append(PackedOutput(request.rid, ids.tobytes(), log_probs.tobytes(), "length", 1, 0, "", text))
+                items.append(PackedOutput(request.rid, ids.tobytes(), log_probs.tobytes(), "length", 1, text=text))
             link.send(PackedOutputs(items))
 
 
