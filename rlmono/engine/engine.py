@@ -24,7 +24,7 @@ from rlmono.engine.invariant import BatchInvariant
 from rlmono.engine.rng import EngineRng
 from rlmono.engine.text import OutputTexts
 from rlmono.world.channel import HEARTBEAT_S, HostLink
-from rlmono.world.messages import Abort, EndPhase, Generate, Heartbeat, PackedOutput, PackedOutputs
+from rlmono.world.messages import Abort, EndPhase, Generate, Heartbeat, Output, Outputs
 
 log = logging.getLogger(__name__)
 
@@ -197,7 +197,7 @@ class _Traffic:
             try:
                 requests.append(self._to_sglang(message))
             except _Refused as refusal:
-                self._link.send(PackedOutputs([_nothing(refusal.rid, self._engine.weight_version, str(refusal))]))
+                self._link.send(Outputs([_nothing(refusal.rid, self._engine.weight_version, str(refusal))]))
             if isinstance(message, EndPhase):       # what follows is for the next phase
                 break
         return requests
@@ -230,9 +230,9 @@ class _Traffic:
         else:
             return
         if items:
-            self._link.send(PackedOutputs(items))
+            self._link.send(Outputs(items))
 
-    def _finished(self, batch: Any, i: int) -> Optional[PackedOutput]:
+    def _finished(self, batch: Any, i: int) -> Optional[Output]:
         rid = batch.rids[i]
         ids, log_probs = self._partial.setdefault(rid, (array("i"), array("f")))
         ids.extend(iter(batch.output_ids[i]))       # which may be an array of another kind
@@ -244,13 +244,13 @@ class _Traffic:
         n = min(len(ids), len(log_probs))       # a refused request comes with a token that nobody sampled, without its logprob
         ids, log_probs = ids[:n], log_probs[:n]
         text = None if self.texts is None else self.texts.of(ids)
-        return PackedOutput(rid, ids.tobytes(), log_probs.tobytes(), reason["type"], self._engine.weight_version, batch.cached_tokens[i],
+        return Output(rid, ids.tobytes(), log_probs.tobytes(), reason["type"], self._engine.weight_version, batch.cached_tokens[i],
                             _refusal(reason), text)
 
 
-def _nothing(rid: str, version: int, error: str) -> PackedOutput:
+def _nothing(rid: str, version: int, error: str) -> Output:
     """The answer to a request for which nothing was generated."""
-    return PackedOutput(rid, b"", b"", "abort", version, error=error)
+    return Output(rid, b"", b"", "abort", version, error=error)
 
 
 def _refusal(reason: Mapping[str, Any]) -> str:

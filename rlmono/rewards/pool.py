@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from rlmono.config.rewards import REWARD_TYPES
-from rlmono.data.sample import PackedSample, Sample
+from rlmono.data.sample import Sample
 from rlmono.rewards import Judge, RewardError, default_judge, judge_of
 from rlmono.rewards.lane import Lane
 from rlmono.rewards.protocol import ELSEWHERE, Outcome, Setup, Task, frame
@@ -120,8 +120,8 @@ class RewardPool:
         if self._broken is not None or not self._lanes:
             raise self._broken or RewardError("the reward pool is not running: start() comes before score(), close() after")
         key = samples[0].reward_key or self._args.reward_key
-        packed = [PackedSample.of(s if judge.custom else _text_alone(s)) for s in samples]
-        task = Task(next(self._ids), judge.path, packed, group, judge.boxed, key)
+        told = [s if judge.custom else _text_alone(s) for s in samples]
+        task = Task(next(self._ids), judge.path, told, group, judge.boxed, key)
         outcome = await self._ask(task)
         if outcome.remark == ELSEWHERE:
             self._async_paths.add(judge.path)

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from rlmono.data.sample import PackedSample
+from rlmono.data.sample import Sample
 
 LENGTH = struct.Struct("<I")
 
@@ -39,7 +39,7 @@ class Task(msgspec.Struct, array_like=True):
 
     id: int
     path: str
-    samples: list[PackedSample]
+    samples: list[Sample]
     group: bool = False
     boxed: bool = False
     """The function gets the responses' boxes instead of the responses."""

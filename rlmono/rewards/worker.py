@@ -25,6 +25,7 @@ from typing import Any, BinaryIO
 
 import msgspec
 
+from rlmono.data.heap import keep_freed_memory
 from rlmono.rewards import RewardFailure
 from rlmono.rewards.answers import last_boxed
 from rlmono.rewards.load import LoadError, load_function
@@ -44,6 +45,7 @@ def main() -> None:
     setup = msgspec.msgpack.decode(first, type=Setup)
     _die_with(setup.parent)
     _limit(setup.memory_limit_bytes)
+    keep_freed_memory()
     args = SimpleNamespace(**setup.args)
     try:
         asyncs = [_is_async(path) for path in setup.paths]
@@ -125,11 +127,10 @@ async def _wait(result: Any) -> Any:
 
 def _argument(task: Task) -> Any:
     """What the function gets besides args: the sample, or the list of a group's."""
-    samples = [packed.unpack() for packed in task.samples]
     if task.boxed:
-        for sample in samples:
+        for sample in task.samples:
             sample.response = last_boxed(sample.response) or ""
-    return samples if task.group else samples[0]
+    return task.samples if task.group else task.samples[0]
 
 
 def _outcome(task: Task, result: Any) -> Outcome:

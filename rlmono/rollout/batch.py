@@ -9,7 +9,6 @@ import numpy as np
 
 from rlmono.config.batches import packs_multiple
 from rlmono.config.schema import Config
-from rlmono.data.numbers import to_bytes
 from rlmono.data.sample import TRUNCATED, Group, Sample
 from rlmono.rollout.schedule import plan_rollout
 from rlmono.world.messages import TrainBatch, TrainSample, TrainStep
@@ -38,7 +37,7 @@ def train_batches(rollout_id: int, groups: Sequence[Group], steps: int, config: 
                                     for k, (n, tokens) in enumerate(totals)], rewards) for rank in range(data_parallel)]
 
 
-TOKEN_BYTES = 4
+TOKEN_BYTES = FLOAT_BYTES = 4
 FILLER = TrainSample(-1, -1, 0.0, np.zeros(2, np.int32).tobytes(), 1, np.zeros(1, np.uint8).tobytes(), np.zeros(1, np.float32).tobytes())
 """Weighs nothing: its one response token is masked out, and it is a group of its own."""
 
@@ -49,11 +48,12 @@ def _filled(step: list[TrainSample], multiple: int) -> list[TrainSample]:
 
 def _train_sample(config: Config, index: int, s: Sample) -> TrainSample:
     mask = b"\1" * s.response_length if s.loss_mask is None else np.asarray(s.loss_mask, np.uint8).tobytes()
-    log_probs = s.rollout_log_probs or []
-    if len(mask) != s.response_length or (s.rollout_log_probs is not None and len(log_probs) != s.response_length):
-        raise ValueError(f"sample {s.index}: a response of {s.response_length} tokens with {len(mask)} mask entries and {len(log_probs)} logprobs")
+    log_probs = Sample.rollout_log_probs.bytes_of(s)
+    if len(mask) != s.response_length or (log_probs and len(log_probs) != s.response_length * FLOAT_BYTES):
+        raise ValueError(f"sample {s.index}: a response of {s.response_length} tokens with {len(mask)} mask entries and "
+                         f"{len(log_probs) // FLOAT_BYTES} logprobs")
     return TrainSample(index, s.group_index, 0.0 if config.loss_type == "sft" else training_reward(config, s),
-                       to_bytes("i", s.tokens), s.response_length, mask, to_bytes("f", log_probs))
+                       Sample.tokens.bytes_of(s), s.response_length, mask, log_probs)
 
 
 def training_reward(config: Config, s: Sample) -> float:
@@ -72,8 +72,7 @@ def overlong_share(length: int, limit: int, buffer: int) -> float:
 
 def _mean_log_prob(s: Sample) -> float:
     """Of the tokens that are trained on."""
-    log_probs = s.rollout_log_probs or []
-    return sum(log_probs) / len(log_probs) if s.loss_mask is None else float(np.average(log_probs, weights=s.loss_mask))
+    return float(np.average(np.asarray(Sample.rollout_log_probs.view(s), np.float64), weights=s.loss_mask))
 
 
 def rollout_statistics(groups: Sequence[Group], config: Config) -> dict[str, float]:
@@ -85,7 +84,7 @@ def rollout_statistics(groups: Sequence[Group], config: Config) -> dict[str, flo
            "rollout/response_len/mean": lengths.mean(), "rollout/response_len/max": lengths.max(), "rollout/response_len/min": lengths.min(),
            "rollout/response_len/median": np.median(lengths), "rollout/truncated_ratio": np.mean([s.status == TRUNCATED for s in samples]),
            "rollout/repetition_frac": np.mean([has_repetition(s.response) for s in samples]), "rollout/samples": len(samples),
-           "rollout/log_probs": np.mean([_mean_log_prob(s) for s in samples if s.rollout_log_probs and s.trained_length] or [0.0])}
+           "rollout/log_probs": np.mean([_mean_log_prob(s) for s in samples if Sample.rollout_log_probs.count(s) and s.trained_length] or [0.0])}
     if any(s.loss_mask is not None for s in samples):
         out["rollout/trained_tokens_ratio"] = sum(s.trained_length for s in samples) / max(int(lengths.sum()), 1)
     out |= _zero_std(groups, config)

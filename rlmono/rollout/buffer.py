@@ -7,6 +7,7 @@ version of each token, and generation goes on where it stopped; without it only 
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -87,6 +88,8 @@ class DataBuffer:
     # ------------------------------------------------------------ checkpoint
 
     def dump(self) -> bytes:
+        for sample in itertools.chain.from_iterable(self.groups):
+            sample.pack()
         return msgspec.msgpack.encode(self.groups)
 
     def state(self) -> dict[str, Any]:
@@ -137,10 +140,11 @@ def cut(sample: Sample, length: int) -> Sample:
 
 def too_old(sample: Sample, version: int, max_age: int | None) -> bool:
     """Whether its oldest token is of weights more than `max_age` versions before `version`."""
-    return max_age is not None and version - min(sample.weight_versions or [version]) > max_age
+    return max_age is not None and version - min(Sample.weight_versions.view(sample) or [version]) > max_age
 
 
 def mask_old_tokens(sample: Sample, version: int) -> None:
     """Leave the tokens of older weights than `version` out of the loss."""
-    if sample.weight_versions and min(sample.weight_versions) < version:
-        sample.loss_mask = [m if v >= version else 0 for m, v in zip(sample.whole_loss_mask, sample.weight_versions, strict=True)]
+    versions = Sample.weight_versions.view(sample)
+    if versions and min(versions) < version:
+        sample.loss_mask = [m if v >= version else 0 for m, v in zip(sample.whole_loss_mask, versions, strict=True)]

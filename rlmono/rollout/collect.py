@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from rlmono.config.schema import Config
-from rlmono.data.sample import ABORTED, Group
+from rlmono.data.sample import ABORTED, Group, Sample
 from rlmono.rollout.buffer import copy_prompt, cut, mask_old_tokens, weight_version
 from rlmono.rollout.cluster import Cluster
 from rlmono.rollout.filters import judge, load_filter
@@ -163,7 +163,7 @@ class _Rollout:
 
     def _ages(self, kept: Sequence[Group]) -> dict[str, float]:
         """Tokens of older weights among those that count, and how many versions old. The versions of a sample ascend."""
-        versions = [s.weight_versions for g in kept for s in g if s.weight_versions]
+        versions = [v for g in kept for s in g if (v := Sample.weight_versions.view(s))]
         old, all_tokens = sum(bisect_left(v, self._version) for v in versions), sum(map(len, versions))
         age = max((self._version - v[0] for v in versions), default=0)
         return {"rollout/old_tokens_ratio": old / max(all_tokens, 1), "rollout/token_age_max": age}
@@ -171,7 +171,7 @@ class _Rollout:
     def _new(self, number: int) -> Iterator[int]:
         """How many tokens each sample of a group has got in this rollout."""
         for sample, before in zip(self._after[number], self._before[number], strict=False):
-            yield len(sample.tokens) - len(before.tokens)
+            yield sample.length - before.length
 
 
 def _written(group: Group) -> int:

@@ -59,8 +59,8 @@ def _read(path: Path, config: Config) -> Iterator[Sample]:
 
 
 def _check(sample: Sample, config: Config) -> None:
-    if not 0 < sample.response_length <= len(sample.tokens):
-        raise ValueError(f"it has {len(sample.tokens)} tokens, {sample.response_length} of them of a response")
+    if not 0 < sample.response_length <= sample.length:
+        raise ValueError(f"it has {sample.length} tokens, {sample.response_length} of them of a response")
     for name in ("loss_mask", "rollout_log_probs", "weight_versions"):
         if (values := getattr(sample, name)) is not None and len(values) != sample.response_length:
             raise ValueError(f"{name} has {len(values)} entries for a response of {sample.response_length} tokens")

@@ -129,7 +129,7 @@ class EngineClient:
         self.heard()
         now = time.monotonic()
         for item in outputs.items:
-            self.tokens += len(item.output_ids)
+            self.tokens += item.length
             if len(self._waiting) == self._most:
                 self._slack_since = now
             request = self._waiting.pop(item.rid, None)

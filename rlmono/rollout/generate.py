@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from array import array
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any, Optional, Union
@@ -76,7 +77,7 @@ class GenerateState:
         """The model goes on after the sample's tokens: what it writes is appended, with mask 1. Returns the text of its turn, which is all
         since others wrote last. `sample.status` says how the turn ended: completed (it stopped by itself), truncated (no room is left) or
         aborted (the rollout is over: return the sample as it is; it may come again, and go on)."""
-        output = await self.generate(sample.tokens, sampling_params)
+        output = await self.generate(Sample.tokens.view(sample).tolist(), sampling_params)
         append_tokens(sample, output)
         sample.response = await self.text_since(0, sample, output)
         start = sample.metadata.get(TURN_START, 0)
@@ -84,9 +85,9 @@ class GenerateState:
 
     async def text_since(self, start: int, sample: Sample, output: Output) -> str:
         """The text of the response from its token `start` on, of which the output is the end; the engine has sent it where it is all of it."""
-        if output.text is not None and len(output.output_ids) == sample.response_length - start:
+        if output.text is not None and output.length == sample.response_length - start:
             return output.text
-        return await self.text(sample.tokens[sample.prompt_length + start:])
+        return await self.text(Sample.tokens.view(sample)[sample.prompt_length + start:].tolist())
 
     async def text(self, tokens: Sequence[int]) -> str:
         """Their text as rewards see it. What takes long is done beside the event loop: no other request would be answered meanwhile."""
@@ -105,7 +106,7 @@ class GenerateState:
         return self._append(sample, self.tokenizer.render(text))
 
     def _append(self, sample: Sample, tokens: Sequence[int]) -> bool:
-        if len(sample.tokens) + len(tokens) >= self.limit:
+        if sample.length + len(tokens) >= self.limit:
             sample.status = TRUNCATED
             return False
         append_observation(sample, tokens)
@@ -128,23 +129,24 @@ async def generate(args: Any, sample: Sample, sampling: SamplingParams, state: G
 
 def append_tokens(sample: Sample, output: Output) -> None:
     """Append what the engine wrote to the sample's tokens, and leave its text as it was."""
-    sample.tokens = sample.tokens + output.output_ids
-    sample.response_length += len(output.output_ids)
-    sample.rollout_log_probs = (sample.rollout_log_probs or []) + output.log_probs
-    sample.weight_versions = (sample.weight_versions or []) + [output.weight_version] * len(output.output_ids)
+    n = output.length
+    Sample.tokens.extend(sample, Output.output_ids.bytes_of(output))
+    Sample.rollout_log_probs.extend(sample, Output.log_probs.bytes_of(output))
+    Sample.weight_versions.extend(sample, array("i", [output.weight_version]) * n)
     if sample.loss_mask is not None:
-        sample.loss_mask = sample.loss_mask + [1] * len(output.output_ids)
+        sample.loss_mask = sample.loss_mask + [1] * n
+    sample.response_length += n
     sample.status = _STATUS.get(output.finish, output.finish)
 
 
 def append_observation(sample: Sample, tokens: Sequence[int]) -> None:
     """Append tokens that the model did not write: mask 0, logprob 0, and the weight version of what stands before them."""
-    mask, versions = sample.whole_loss_mask, sample.weight_versions or []
-    sample.tokens = [*sample.tokens, *tokens]
-    sample.response_length += len(tokens)
-    sample.loss_mask = mask + [0] * len(tokens)
-    sample.rollout_log_probs = (sample.rollout_log_probs or []) + [0.0] * len(tokens)
-    sample.weight_versions = versions + [versions[-1] if versions else 0] * len(tokens)
+    n, versions = len(tokens), Sample.weight_versions.view(sample)
+    sample.loss_mask = sample.whole_loss_mask + [0] * n
+    Sample.tokens.extend(sample, tokens)
+    Sample.rollout_log_probs.extend(sample, array("f", [0.0]) * n)
+    Sample.weight_versions.extend(sample, array("i", [versions[-1] if versions else 0]) * n)
+    sample.response_length += n
     sample.metadata = {**sample.metadata, TURN_START: sample.response_length}
 
 

@@ -14,6 +14,7 @@ import msgspec
 import zmq.asyncio
 
 from rlmono.config.schema import Config
+from rlmono.data.heap import keep_freed_memory
 from rlmono.data.sample import ABORTED, FAILED, FINISHED, Sample
 from rlmono.data.tokenizer import Tokenizer
 from rlmono.rewards.pool import RewardPool
@@ -62,10 +63,11 @@ class NodeHost:
         return EngineClient(name, lambda m: self._send(first_rank, encode(m)), concurrency)
 
     async def start(self) -> None:
-        """Start the reward workers, and see that garbage collection does not hold up requests."""
+        """Start the reward workers, and see that memory does not hold up requests."""
         if self.serves:
             await self.rewards.start()
             self._garbage.start()
+            keep_freed_memory()
 
     async def close(self) -> None:
         self._garbage.close()

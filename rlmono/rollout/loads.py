@@ -44,7 +44,7 @@ class Loads:
 
     def _expected(self, sample: Sample, most: int) -> int:
         typical = most if self._typical is None else min(round(self._typical), most)
-        return len(sample.tokens) + max(typical - sample.response_length, 1)
+        return sample.length + max(typical - sample.response_length, 1)
 
     def begin(self) -> None:
         """A phase begins: nothing has been sent."""

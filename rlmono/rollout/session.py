@@ -17,7 +17,6 @@ from typing import Any, Optional, Union
 
 import msgspec
 
-from rlmono.data.numbers import to_bytes
 from rlmono.data.sample import ABORTED, FAILED, TRUNCATED, Sample
 from rlmono.rollout.generate import GenerateState, append_observation, append_tokens, context_length
 from rlmono.rollout.openai_format import ChatRequest, Choice, CompletionRequest, Key, Request, RequestError, cleaned, key, most_tokens, split_calls
@@ -91,12 +90,12 @@ class Session:
     async def complete(self, request: CompletionRequest) -> list[Choice]:
         """The model's continuations of a text, or of token ids."""
         prompt, tokenizer = _prompt(request.prompt, self.state.args.model["vocab_size"]), self.state.tokenizer
-        parent = max((a for a in self._answers if a.text is not None and _begins(prompt, a)), key=lambda a: len(a.sample.tokens), default=None)
+        parent = max((a for a in self._answers if a.text is not None and _begins(prompt, a)), key=lambda a: a.sample.length, default=None)
         if isinstance(prompt, str):
             text, rest = prompt, prompt[len(parent.text or ""):] if parent else prompt
             new = self._tokens(lambda: tokenizer.render(rest))
         else:
-            text, new = tokenizer.decode(prompt), prompt[len(parent.sample.tokens) if parent else 0:]
+            text, new = tokenizer.decode(prompt), prompt[parent.sample.length if parent else 0:]
         place = self._after(parent, new) if parent else self._new(new, text)
 
         def record(answer: Answer, choice: Choice) -> None:
@@ -124,8 +123,8 @@ class Session:
         return Place(None, base, min(limit, len(tokens) + self.state.sampling.max_new_tokens))
 
     def _after(self, parent: Answer, tokens: list[int]) -> Place:
-        if len(parent.sample.tokens) + len(tokens) >= parent.limit:
-            self._full(parent, len(parent.sample.tokens) + len(tokens))
+        if parent.sample.length + len(tokens) >= parent.limit:
+            self._full(parent, parent.sample.length + len(tokens))
         base = copy.copy(parent.sample)
         append_observation(base, tokens)
         return Place(parent, base, parent.limit)
@@ -145,12 +144,13 @@ class Session:
             raise _over()
         most = min(most_tokens(request) or state.sampling.max_new_tokens, state.sampling.max_new_tokens)
         sampling = msgspec.structs.replace(state.sampling, max_new_tokens=most, stop=(*state.sampling.stop, *request.stops))
-        digest = hashlib.blake2b(to_bytes("i", place.base.tokens), digest_size=8).digest()
+        digest = hashlib.blake2b(Sample.tokens.bytes_of(place.base), digest_size=8).digest()
         turns = []
         for _ in range(request.n or 1):     # a seed by what is asked, and the how-manieth time: the order of requests is the client's
             turns.append((digest.hex(), self._asked[digest]))
             self._asked[digest] += 1
-        outputs = await asyncio.gather(*(state.generate(place.base.tokens, sampling, place.limit, turn) for turn in turns))
+        ids = Sample.tokens.view(place.base).tolist()
+        outputs = await asyncio.gather(*(state.generate(ids, sampling, place.limit, turn) for turn in turns))
         return [await self._record(place, output, sampling.stop, calls, record, request.wants_tokens) for output in outputs]
 
     async def _record(self, place: Place, output: Output, stop: tuple[str, ...], calls: bool, record: Any, tokens: bool) -> Choice:
@@ -160,16 +160,16 @@ class Session:
         state = self.state
         sample = copy.copy(place.base)
         append_tokens(sample, output)
-        ends = output.finish == "stop" and bool(output.output_ids) and output.output_ids[-1] in state.sampling.stop_token_ids
-        begun = sample.response_length - len(output.output_ids)
+        ends = output.finish == "stop" and output.length > 0 and output.output_ids[-1] in state.sampling.stop_token_ids
+        begun = sample.response_length - output.length
         sample.response, text = await asyncio.gather(state.text_since(0, sample, output),
                                                      state.text(output.output_ids[:-1]) if ends else state.text_since(begun, sample, output))
         if output.finish == "stop" and not ends:
             text = text[:min((i for s in stop if (i := text.find(s)) >= 0), default=len(text))]
-        choice = self._choice(text, output, calls, len(place.base.tokens))
+        choice = self._choice(text, output, calls, place.base.length)
         if tokens:
             choice.tokens = [(state.tokenizer.decode([i]), p) for i, p in zip(output.output_ids, output.log_probs, strict=True)]
-        answer = Answer(place.parent, sample, place.limit, len(output.output_ids), [])
+        answer = Answer(place.parent, sample, place.limit, output.length, [])
         record(answer, choice)
         if place.parent is not None:
             place.parent.continued = True
@@ -179,7 +179,7 @@ class Session:
     def _choice(self, text: str, output: Output, calls: bool, prompt_tokens: int) -> Choice:
         text, asked = split_calls(text) if calls else (text, [])
         finish = "tool_calls" if asked and output.finish == "stop" else output.finish
-        return Choice(text, [(f"call_{next(self._calls)}", *call) for call in asked], finish, prompt_tokens, len(output.output_ids))
+        return Choice(text, [(f"call_{next(self._calls)}", *call) for call in asked], finish, prompt_tokens, output.length)
 
     # ------------------------------------------------------------ samples
 
@@ -233,7 +233,7 @@ def _prompt(given: Any, vocabulary: int) -> Union[str, list[int]]:
 def _begins(prompt: Union[str, list[int]], answer: Answer) -> bool:
     if isinstance(prompt, str):
         return prompt.startswith(answer.text or "")
-    return prompt[:len(answer.sample.tokens)] == answer.sample.tokens
+    return prompt[:answer.sample.length] == answer.sample.tokens
 
 
 def _over() -> RequestError:

@@ -101,7 +101,7 @@ class HostLink:
         self.socket.setsockopt(zmq.RCVHWM, 0)
         self.socket.connect(address)
 
-    def send(self, message: messages.Message | messages.PackedOutputs) -> None:
+    def send(self, message: messages.Message) -> None:
         self.socket.send(messages.encode(message))
 
     def receive_now(self) -> Optional[messages.Message]:

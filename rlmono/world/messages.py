@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional, Union, get_args
+from typing import Any, Optional, Union
 
 import msgspec
 
-from rlmono.data.numbers import from_bytes, to_bytes
-from rlmono.data.sample import PackedSample, Sample
+from rlmono.data.numbers import Listed
+from rlmono.data.sample import Sample
 
 
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -42,18 +42,35 @@ class EndPhase(msgspec.Struct, tag=True):
     """Host to engine: leave `serve`. Sent only after every request has answered."""
 
 
-class Output(msgspec.Struct, tag=True):
-    """Engine to host: a finished request. `log_probs` has one entry a token of `output_ids`; `finish` is stop, length or abort;
-    `error` says why the engine refused it, and is empty otherwise. `text` is that of `output_ids`; None where the host has to decode it."""
+class _StoredOutput(msgspec.Struct):
+    """What an Output holds, and how it travels: the numbers as lists, or as bytes."""
 
     rid: str
-    output_ids: list[int]
-    log_probs: list[float]
+    output_ids: Union[list[int], bytes]
+    log_probs: Union[list[float], bytes]
     finish: str
     weight_version: int
     cached_tokens: int = 0
     error: str = ""
     text: Optional[str] = None
+
+
+class Output(_StoredOutput, tag=True):
+    """Engine to host: a finished request. `log_probs` has one entry a token of `output_ids`; `finish` is stop, length or abort;
+    `error` says why the engine refused it, and is empty otherwise. `text` is that of `output_ids`; None where the host has to decode it.
+    The numbers are lists to whoever reads them, see `Listed`."""
+
+    output_ids = Listed[list[int]]("i", _StoredOutput.output_ids)
+    log_probs = Listed[list[float]]("f", _StoredOutput.log_probs)
+
+    def __post_init__(self) -> None:
+        Output.output_ids.check(self)
+        Output.log_probs.check(self)
+
+    @property
+    def length(self) -> int:
+        """Tokens that were generated."""
+        return Output.output_ids.count(self)
 
 
 class Outputs(msgspec.Struct, tag=True):
@@ -166,70 +183,17 @@ class Heartbeat(msgspec.Struct, tag=True):
     """Between hosts, and engine to host while it serves: still here."""
 
 
-
 Message = Union[Generate, Abort, EndPhase, Outputs, TrainBatch, Report, Failed, RunGroup, GroupDone, AbortGroups, Relay, Goodbye, Heartbeat]
 
 
-class PackedOutput(msgspec.Struct, array_like=True):
-    """An Output as it travels: 8k numbers as bytes take the host a third of the time. Logprobs are of fp32, as the engine's are."""
-
-    rid: str
-    output_ids: bytes
-    log_probs: bytes
-    finish: str
-    weight_version: int
-    cached_tokens: int = 0
-    error: str = ""
-    text: Optional[str] = None
-
-    @classmethod
-    def of(cls, o: Output) -> PackedOutput:
-        return cls(o.rid, to_bytes("i", o.output_ids), to_bytes("f", o.log_probs), o.finish, o.weight_version, o.cached_tokens,
-                   o.error, o.text)
-
-    def unpack(self) -> Output:
-        return Output(self.rid, from_bytes("i", self.output_ids), from_bytes("f", self.log_probs), self.finish, self.weight_version,
-                      self.cached_tokens, self.error, self.text)
-
-
-class PackedOutputs(msgspec.Struct, tag="Outputs"):
-    """Outputs as they travel; who has the bytes can send it so."""
-
-    items: list[PackedOutput]
-
-
-class _PackedGroup(msgspec.Struct, tag=True):
-    """A RunGroup or GroupDone as it travels."""
-
-    rest: Union[RunGroup, GroupDone]
-    samples: list[PackedSample]
-
-
-def _packed(message: Message | PackedOutputs) -> Any:
-    if isinstance(message, Outputs):
-        return PackedOutputs([PackedOutput.of(o) for o in message.items])
-    if isinstance(message, (RunGroup, GroupDone)):
-        return _PackedGroup(msgspec.structs.replace(message, samples=[]), [PackedSample.of(s) for s in message.samples])
-    return message
-
-
-def _unpacked(message: Any) -> Message:
-    if isinstance(message, PackedOutputs):
-        return Outputs([p.unpack() for p in message.items])
-    if isinstance(message, _PackedGroup):
-        return msgspec.structs.replace(message.rest, samples=[p.unpack() for p in message.samples])
-    return message      # type: ignore[no-any-return]
-
-
 _encoder = msgspec.msgpack.Encoder()
-_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(
-    Union[(*(t for t in get_args(Message) if t not in (Outputs, RunGroup, GroupDone)), PackedOutputs, _PackedGroup)])
+_decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 
 
-def encode(message: Message | PackedOutputs) -> bytes:
-    return _encoder.encode(_packed(message))
+def encode(message: Message) -> bytes:
+    return _encoder.encode(message)
 
 
 def decode(payload: bytes) -> Message:
-    """Raises msgspec.DecodeError for anything that is not one of ours, ValueError for numbers that are not whole."""
-    return _unpacked(_decoder.decode(payload))
+    """Raises msgspec.DecodeError for anything that is not one of ours."""
+    return _decoder.decode(payload)

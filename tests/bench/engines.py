@@ -22,7 +22,7 @@ from pathlib import Path
 import zmq
 
 from rlmono.world.channel import HostLink
-from rlmono.world.messages import EndPhase, Generate, PackedOutput, PackedOutputs
+from rlmono.world.messages import EndPhase, Generate, Output, Outputs
 
 STEP_S = 0.005
 """Answers come in steps, as a scheduler's do."""
@@ -67,8 +67,8 @@ def main(folder: str, address: str, engines: int, tokens: int, rate: float, dela
             items, went = [], time.monotonic()
             for request, came in answers:
                 ids[:2], log_probs[:4] = array("i", request.input_ids[-2:]), array("f", [*in_two(came), *in_two(went)])
-                items.append(PackedOutput(request.rid, ids.tobytes(), log_probs.tobytes(), "length", 1, text=text))
-            link.send(PackedOutputs(items))
+                items.append(Output(request.rid, ids.tobytes(), log_probs.tobytes(), "length", 1, text=text))
+            link.send(Outputs(items))
 
 
 def in_two(time_s: float) -> tuple[float, float]:

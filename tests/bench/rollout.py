@@ -215,9 +215,17 @@ async def carried(folder: Path, tokens: int, rate: float, rewards: bool, groups:
 
 def check(samples: list[Any], tokens: int) -> None:
     """Every sample has its own answer, once."""
+    from rlmono.data.sample import Sample
     for s in samples:
-        assert s.response_length == tokens == len(s.tokens) - PROMPT == len(s.rollout_log_probs), s.index
-        assert s.tokens[PROMPT] * BASE + s.tokens[PROMPT + 1] == s.index and s.reward is not None and s.response, s.index
+        assert s.response_length == tokens == s.length - PROMPT == Sample.rollout_log_probs.count(s), s.index
+        assert _own(s) == s.index and s.reward is not None and s.response, s.index
+
+
+def _own(sample: Any) -> int:
+    """The number that the answer says it is to."""
+    from rlmono.data.sample import Sample
+    ids = Sample.tokens.view(sample)
+    return int(ids[PROMPT] * BASE + ids[PROMPT + 1])
 
 
 def echoed(folder: Path, tokens: int, requests: int) -> float:
@@ -306,12 +314,15 @@ def moments(rate: float) -> Iterator[float]:
 async def added_s(folder: Path, tokens: int, rate: float, spread: float) -> tuple[list[float], list[float], list[float]]:
     """The three parts of each request, in seconds; without those of the first second. Clocks are the machine's monotonic one."""
     import engines
+
+    from rlmono.world.messages import Output
     made, answers, ended = dict[int, float](), dict[int, tuple[float, float, float]](), dict[int, float]()
     async with host(folder, tokens, delay_s=DELAY_S, spread=spread) as h:
         node = h.cluster.host
 
         def answered(output: Any, ids: list[int], *_: Any) -> None:
-            answers[_number(ids)] = (*engines.times(output.log_probs), time.monotonic())
+            now = time.monotonic()
+            answers[_number(ids)] = (*engines.times(Output.log_probs.view(output)), now)
         for e in node.engines.values():
             e.generate = _noting(e.generate, answered)
         node.rewards.reward = _noting(node.rewards.reward, lambda _, samples, *__: ended.update({s.index: time.monotonic() for s in samples}))
@@ -346,14 +357,15 @@ def paced(folder: Path, tokens: int, rate: float, spread: float) -> tuple[list[f
     """The first two parts, of a loop that does nothing but encode, send, receive and decode."""
     import engines
 
-    from rlmono.world.messages import Generate, Outputs, Sampling, decode, encode
+    from rlmono.world.messages import Generate, Output, Outputs, Sampling, decode, encode
     made, there, back = dict[int, float](), [], []
     with bare_socket(folder, tokens, DELAY_S, spread) as router:
         def receive() -> None:
             message, now = decode(router.recv_multipart()[1]), time.monotonic()
             assert isinstance(message, Outputs)
             for item in message.items:
-                at, (came, went) = made.pop(item.output_ids[0] * BASE + item.output_ids[1]), engines.times(item.log_probs)
+                ids = Output.output_ids.view(item)
+                at, (came, went) = made.pop(ids[0] * BASE + ids[1]), engines.times(Output.log_probs.view(item))
                 if at > begun + 1:
                     there.append(came - at)
                     back.append(now - went)
@@ -393,7 +405,7 @@ async def counted(folder: Path, requests: int) -> tuple[int, int, list[int]]:
             samples = await h.rollout(groups)
             for s in samples:
                 seen[s.index] += 1
-                wrong += s.response_length != 128 or s.tokens[PROMPT] * BASE + s.tokens[PROMPT + 1] != s.index or s.reward is None or not s.response
+                wrong += s.response_length != 128 or _own(s) != s.index or s.reward is None or not s.response
             del samples
             memory.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
         strays = int(sum(h.cluster.take_strays().values()))

@@ -10,6 +10,7 @@ from typing import Any
 import zmq.asyncio
 
 from rlmono.config.schema import Config
+from rlmono.data.numbers import to_bytes
 from rlmono.data.sample import Sample
 from rlmono.data.tokenizer import Tokenizer
 from rlmono.rollout.engines import EngineClient
@@ -41,7 +42,8 @@ class ScriptedEngine(EngineClient):
                 ids, finish = answer if isinstance(answer, tuple) else (answer, "stop")
                 ids = list(ids)[:message.sampling.max_new_tokens]
                 finish = "length" if len(ids) == message.sampling.max_new_tokens and finish == "stop" else finish
-                output = Output(message.rid, ids, log_probs(message.input_ids, ids), finish, VERSION, text=self.text(ids))
+                numbers = to_bytes("i", ids), to_bytes("f", log_probs(message.input_ids, ids))      # as an engine sends them
+                output = Output(message.rid, *numbers, finish, VERSION, text=self.text(ids))
                 loop.call_soon(self.deliver, Outputs([output]))
         elif isinstance(message, Abort):
             self.aborted.append(message.rid)
@@ -50,7 +52,7 @@ class ScriptedEngine(EngineClient):
 
 def log_probs(context: Sequence[int], ids: Sequence[int]) -> list[float]:
     """What the stand-in gives each token: it depends on all that stands before, so a wrong place shows."""
-    return [-(1 + (len(context) + i) % 13 + ids[i] / 1000) for i in range(len(ids))]
+    return [-(1 + (len(context) + i) % 13 + ids[i] / 1024) for i in range(len(ids))]
 
 
 def make_config(tokenizer: Tokenizer, function: str | None = None, **options: Any) -> Config:

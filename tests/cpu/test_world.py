@@ -312,7 +312,8 @@ def test_every_kind_of_message_is_in_the_round_trip() -> None:
 @pytest.mark.parametrize("garbage", [
     b"", b"garbage", b"\x80\x04\x95", b"\xc1", msgspec.msgpack.encode({"type": "Nobody"}), msgspec.msgpack.encode({"type": "Output"}),
     msgspec.msgpack.encode({"type": "Generate", "rid": 1, "input_ids": [1], "sampling": {}}), messages.encode(MESSAGES[0])[:-3],
-    messages.encode(messages.PackedOutputs([messages.PackedOutput("r", bytes(3), bytes(4), "stop", 0, 0, "", None)])),
+    msgspec.msgpack.encode({"type": "Outputs", "items": [{"type": "Output", "rid": "r", "output_ids": bytes(3), "log_probs": bytes(4),
+                                                           "finish": "stop", "weight_version": 0}]}),
 ])
 def test_garbage_is_refused(garbage: bytes) -> None:
     with pytest.raises((msgspec.DecodeError, ValueError)):
