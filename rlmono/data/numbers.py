@@ -46,7 +46,12 @@ class Listed(Generic[L]):
     def bytes_of(self, owner: object) -> bytes:
         """None has none. Raises ValueError for what is no such number."""
         stored: Stored = self._field.__get__(owner)
-        return stored if isinstance(stored, bytes) else to_bytes(self._kind, () if stored is None else stored)
+        return stored if isinstance(stored, bytes) else b"" if stored is None else to_bytes(self._kind, stored)
+
+    def peek(self, owner: object) -> L:
+        """The list, which is not kept where it has to be made."""
+        stored = self._field.__get__(owner)
+        return from_bytes(self._kind, stored) if isinstance(stored, bytes) else stored      # type: ignore[return-value]
 
     def view(self, owner: object) -> memoryview[Any]:
         """The numbers one by one, without a list of them; for numpy too."""
@@ -77,7 +82,7 @@ def to_bytes(kind: Kind, numbers: Sequence[Any]) -> bytes:
     """Also of arrays and tensors. Raises ValueError for what is no such number; what is beyond fp32 becomes infinite."""
     if isinstance(numbers, array) and numbers.typecode == kind:
         return numbers.tobytes()
-    if hasattr(numbers, "tolist"):
+    if not isinstance(numbers, list) and hasattr(numbers, "tolist"):
         numbers = numbers.tolist()
     try:
         return struct.pack(f"{len(numbers)}{kind}", *numbers)       # `array` and numpy take more than twice as long

@@ -13,7 +13,7 @@ import contextlib
 import logging
 import time
 from array import array
-from typing import Any, Callable, Iterable, Mapping, Optional, Sequence
+from typing import Any, Callable, Iterable, Iterator, Mapping, Optional, Sequence
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,7 @@ from rlmono.engine.invariant import BatchInvariant
 from rlmono.engine.rng import EngineRng
 from rlmono.engine.text import OutputTexts
 from rlmono.world.channel import HEARTBEAT_S, HostLink
-from rlmono.world.messages import Abort, EndPhase, Generate, Heartbeat, Output, Outputs
+from rlmono.world.messages import Abort, EndPhase, Generate, Heartbeat, Output, Outputs, in_parts
 
 log = logging.getLogger(__name__)
 
@@ -224,13 +224,13 @@ class _Traffic:
             return
         from sglang.srt.managers.io_struct import AbortReq, BatchTokenIDOutput
         if isinstance(output, BatchTokenIDOutput):
-            items = [item for i in range(len(output.rids)) if (item := self._finished(output, i)) is not None]
+            items: Iterator[Output] = (item for i in range(len(output.rids)) if (item := self._finished(output, i)) is not None)
         elif isinstance(output, AbortReq):          # it was still queued: nothing was generated
-            items = [_nothing(output.rid, self._engine.weight_version, _refusal(output.finished_reason or {}))]
+            items = iter([_nothing(output.rid, self._engine.weight_version, _refusal(output.finished_reason or {}))])
         else:
             return
-        if items:
-            self._link.send(Outputs(items))
+        for part in in_parts(items):
+            self._link.send(part)
 
     def _finished(self, batch: Any, i: int) -> Optional[Output]:
         rid = batch.rids[i]

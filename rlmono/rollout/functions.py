@@ -147,8 +147,7 @@ def _problem(config: Config, s: Sample) -> str:
         s.pack()        # as which they travel, and are looked through in little time
     except ValueError as e:
         return f"whose {e}"
-    ids = np.asarray(Sample.tokens.view(s))
-    if ids.min() < 0 or ids.max() >= config.model["vocab_size"]:
+    if np.frombuffer(Sample.tokens.bytes_of(s), np.uint32).max() >= config.model["vocab_size"]:      # below 0 is far above
         return f"whose tokens are not all ids from 0 to {config.model['vocab_size'] - 1}"
     written = {"rollout_log_probs": Sample.rollout_log_probs.count(s), "weight_versions": Sample.weight_versions.count(s),
                "loss_mask": n if s.loss_mask is None else len(s.loss_mask)}
@@ -157,7 +156,7 @@ def _problem(config: Config, s: Sample) -> str:
     for name, count in written.items():
         if count != n and (count or name == "loss_mask"):
             return f"with {count} {name} for a response of {n} tokens"
-    if not np.isfinite(Sample.rollout_log_probs.view(s)).all():
+    if not np.isfinite(np.frombuffer(Sample.rollout_log_probs.bytes_of(s), np.float32)).all():
         return "with rollout_log_probs that are no finite numbers of fp32"
     if s.loss_mask is not None and not set(s.loss_mask) <= {0, 1}:
         return "with a loss_mask that has other values than 0 and 1"

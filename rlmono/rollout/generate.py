@@ -77,7 +77,7 @@ class GenerateState:
         """The model goes on after the sample's tokens: what it writes is appended, with mask 1. Returns the text of its turn, which is all
         since others wrote last. `sample.status` says how the turn ended: completed (it stopped by itself), truncated (no room is left) or
         aborted (the rollout is over: return the sample as it is; it may come again, and go on)."""
-        output = await self.generate(Sample.tokens.view(sample).tolist(), sampling_params)
+        output = await self.generate(Sample.tokens.peek(sample), sampling_params)
         append_tokens(sample, output)
         sample.response = await self.text_since(0, sample, output)
         start = sample.metadata.get(TURN_START, 0)

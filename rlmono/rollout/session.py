@@ -149,7 +149,7 @@ class Session:
         for _ in range(request.n or 1):     # a seed by what is asked, and the how-manieth time: the order of requests is the client's
             turns.append((digest.hex(), self._asked[digest]))
             self._asked[digest] += 1
-        ids = Sample.tokens.view(place.base).tolist()
+        ids = Sample.tokens.peek(place.base)
         outputs = await asyncio.gather(*(state.generate(ids, sampling, place.limit, turn) for turn in turns))
         return [await self._record(place, output, sampling.stop, calls, record, request.wants_tokens) for output in outputs]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any, Optional, Union
 
 import msgspec
@@ -74,9 +75,25 @@ class Output(_StoredOutput, tag=True):
 
 
 class Outputs(msgspec.Struct, tag=True):
-    """Engine to host: what finished in one scheduler step."""
+    """Engine to host: what finished in one scheduler step, or a part of it."""
 
     items: list[Output]
+
+
+PART_BYTES = 64 << 10
+
+
+def in_parts(outputs: Iterable[Output]) -> Iterator[Outputs]:
+    """In messages of PART_BYTES or a little more: the host is at work on the first long response while the engine makes the text of the next."""
+    items, size = list[Output](), 0
+    for output in outputs:
+        items.append(output)
+        size += 8 * output.length + len(output.text or "")
+        if size >= PART_BYTES:
+            yield Outputs(items)
+            items, size = [], 0
+    if items:
+        yield Outputs(items)
 
 
 class TrainSample(msgspec.Struct):

@@ -22,7 +22,7 @@ from pathlib import Path
 import zmq
 
 from rlmono.world.channel import HostLink
-from rlmono.world.messages import EndPhase, Generate, Output, Outputs
+from rlmono.world.messages import EndPhase, Generate, Output, in_parts
 
 STEP_S = 0.005
 """Answers come in steps, as a scheduler's do."""
@@ -34,6 +34,10 @@ def main(folder: str, address: str, engines: int, tokens: int, rate: float, dela
     draw, poller = random.Random(0), zmq.Poller()
     ids, log_probs = array("i", answer(tokens)), array("f", [-draw.random() for _ in range(tokens)])
     text = (Path(folder) / "texts" / f"{tokens}.txt").read_bytes().decode()
+
+    def answered(request: Generate, came: float, went: float) -> Output:
+        ids[:2], log_probs[:4] = array("i", request.input_ids[-2:]), array("f", [*in_two(came), *in_two(went)])
+        return Output(request.rid, ids.tobytes(), log_probs.tobytes(), "length", 1, text=text)
     by_socket = {link.socket: link for link in links}
     for link in links:
         poller.register(link.socket, zmq.POLLIN)
@@ -64,11 +68,9 @@ def main(folder: str, address: str, engines: int, tokens: int, rate: float, dela
             credit -= 1
             step.setdefault(link, []).append((request, came))
         for link, answers in step.items():
-            items, went = [], time.monotonic()
-            for request, came in answers:
-                ids[:2], log_probs[:4] = array("i", request.input_ids[-2:]), array("f", [*in_two(came), *in_two(went)])
-                items.append(Output(request.rid, ids.tobytes(), log_probs.tobytes(), "length", 1, text=text))
-            link.send(Outputs(items))
+            went = time.monotonic()
+            for part in in_parts(answered(*a, went) for a in answers):
+                link.send(part)
 
 
 def in_two(time_s: float) -> tuple[float, float]:
