@@ -6,10 +6,11 @@ A kind of numbers is struct's letter, i (int32) or f (float32), and both ends ar
 
 from __future__ import annotations
 
+import itertools
 import struct
 from array import array
 from collections.abc import Sequence
-from typing import Any, Generic, Literal, TypeVar, Union, overload
+from typing import Any, Generic, Literal, Self, TypeVar, Union, overload
 
 Kind = Literal["i", "f"]
 Stored = Union[None, Sequence[Any], bytes]
@@ -23,11 +24,11 @@ class Listed(Generic[L]):
     what is stored. What is made here is new: a copy's list is never changed.
     """
 
-    def __init__(self, kind: Kind, stored: Any):
-        self._kind, self._field, self._size = kind, stored, struct.calcsize(kind)
+    def __init__(self, kind: Kind, stored: Any, size: int = 4):
+        self._kind, self._field, self._size = kind, stored, size
 
     @overload
-    def __get__(self, owner: None, cls: Any) -> Listed[L]: ...
+    def __get__(self, owner: None, cls: Any) -> Self: ...
     @overload
     def __get__(self, owner: object, cls: Any) -> L: ...
 
@@ -36,7 +37,7 @@ class Listed(Generic[L]):
             return self
         stored = self._field.__get__(owner)
         if isinstance(stored, bytes):
-            stored = from_bytes(self._kind, stored)
+            stored = self._list(stored)
             self._field.__set__(owner, stored)
         return stored
 
@@ -46,12 +47,12 @@ class Listed(Generic[L]):
     def bytes_of(self, owner: object) -> bytes:
         """None has none. Raises ValueError for what is no such number."""
         stored: Stored = self._field.__get__(owner)
-        return stored if isinstance(stored, bytes) else b"" if stored is None else to_bytes(self._kind, stored)
+        return stored if isinstance(stored, bytes) else b"" if stored is None else self._bytes(stored)
 
     def peek(self, owner: object) -> L:
         """The list, which is not kept where it has to be made."""
         stored = self._field.__get__(owner)
-        return from_bytes(self._kind, stored) if isinstance(stored, bytes) else stored      # type: ignore[return-value]
+        return self._list(stored) if isinstance(stored, bytes) else stored      # type: ignore[no-any-return]
 
     def view(self, owner: object) -> memoryview[Any]:
         """The numbers one by one, without a list of them; for numpy too."""
@@ -60,7 +61,7 @@ class Listed(Generic[L]):
     def count(self, owner: object) -> int:
         """How many there are."""
         stored: Stored = self._field.__get__(owner)
-        return len(stored) // self._size if isinstance(stored, bytes) else 0 if stored is None else len(stored)
+        return self._count(stored) if isinstance(stored, bytes) else 0 if stored is None else len(stored)
 
     def check(self, owner: object) -> None:
         """Raises ValueError for bytes that are not whole numbers: for `__post_init__`, so that no message with them is taken."""
@@ -75,7 +76,48 @@ class Listed(Generic[L]):
 
     def extend(self, owner: object, numbers: Sequence[Any] | bytes) -> None:
         """Append numbers, and keep the bytes."""
-        self._field.__set__(owner, self.bytes_of(owner) + (numbers if isinstance(numbers, bytes) else to_bytes(self._kind, numbers)))
+        self._field.__set__(owner, self.bytes_of(owner) + (numbers if isinstance(numbers, bytes) else self._bytes(numbers)))
+
+    def _bytes(self, numbers: Sequence[Any]) -> bytes:
+        return to_bytes(self._kind, numbers)
+
+    def _list(self, data: bytes) -> Any:
+        return from_bytes(self._kind, data)
+
+    def _count(self, data: bytes) -> int:
+        return len(data) // self._size
+
+
+class Runs(Listed[L]):
+    """Of int32 that stay the same for long: as bytes they are a pair a run, of the number and how often it comes."""
+
+    def __init__(self, stored: Any):
+        super().__init__("i", stored, 8)
+
+    def repeat(self, owner: object, number: int, times: int) -> None:
+        """Append the number so many times, and keep the bytes."""
+        data = self.bytes_of(owner)
+        if data and (last := struct.unpack_from("2i", data, len(data) - 8))[0] == number:
+            data, times = data[:-8], times + last[1]
+        self._field.__set__(owner, data + to_bytes("i", [number, times] if times else []))
+
+    def view(self, owner: object) -> memoryview[Any]:
+        return memoryview(self._whole(self.bytes_of(owner)))
+
+    def _whole(self, data: bytes) -> array[int]:
+        pairs, numbers = memoryview(data).cast("i"), array("i")
+        for number, times in zip(pairs[::2], pairs[1::2], strict=True):
+            numbers.extend(array("i", [number]) * times)
+        return numbers
+
+    def _bytes(self, numbers: Sequence[Any]) -> bytes:
+        return to_bytes("i", [x for number, run in itertools.groupby(numbers) for x in (number, len(list(run)))])
+
+    def _list(self, data: bytes) -> list[int]:
+        return self._whole(data).tolist()
+
+    def _count(self, data: bytes) -> int:
+        return sum(memoryview(data).cast("i")[1::2])
 
 
 def to_bytes(kind: Kind, numbers: Sequence[Any]) -> bytes:

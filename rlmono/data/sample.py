@@ -6,7 +6,7 @@ from typing import Any, Optional, Union
 
 import msgspec
 
-from rlmono.data.numbers import Listed
+from rlmono.data.numbers import Listed, Runs
 
 PENDING, COMPLETED, TRUNCATED, ABORTED, FAILED = "pending", "completed", "truncated", "aborted", "failed"
 FINISHED = (COMPLETED, TRUNCATED, FAILED)
@@ -56,7 +56,7 @@ class Sample(_Stored):
 
     tokens = Listed[list[int]]("i", _Stored.tokens)
     rollout_log_probs = Listed[Optional[list[float]]]("f", _Stored.rollout_log_probs)
-    weight_versions = Listed[Optional[list[int]]]("i", _Stored.weight_versions)
+    weight_versions = Runs[Optional[list[int]]](_Stored.weight_versions)
 
     def __post_init__(self) -> None:
         for name in NUMBERS:

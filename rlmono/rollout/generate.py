@@ -132,7 +132,7 @@ def append_tokens(sample: Sample, output: Output) -> None:
     n = output.length
     Sample.tokens.extend(sample, Output.output_ids.bytes_of(output))
     Sample.rollout_log_probs.extend(sample, Output.log_probs.bytes_of(output))
-    Sample.weight_versions.extend(sample, array("i", [output.weight_version]) * n)
+    Sample.weight_versions.repeat(sample, output.weight_version, n)
     if sample.loss_mask is not None:
         sample.loss_mask = sample.loss_mask + [1] * n
     sample.response_length += n
@@ -145,7 +145,7 @@ def append_observation(sample: Sample, tokens: Sequence[int]) -> None:
     sample.loss_mask = sample.whole_loss_mask + [0] * n
     Sample.tokens.extend(sample, tokens)
     Sample.rollout_log_probs.extend(sample, array("f", [0.0]) * n)
-    Sample.weight_versions.extend(sample, array("i", [versions[-1] if versions else 0]) * n)
+    Sample.weight_versions.repeat(sample, versions[-1] if versions else 0, n)
     sample.response_length += n
     sample.metadata = {**sample.metadata, TURN_START: sample.response_length}
 
