@@ -164,7 +164,7 @@ class Reward:
     rm_max_retries: int = option(10, "Further tries of remote_rm after one that failed, all within --reward-timeout-s.", minimum=0)
     reward_timeout_s: float = option(30.0, "Deadline of one call of the reward; a slower one counts as failed, with reward 0.", minimum=0.01)
     reward_workers: int = option(
-        0, "Worker processes for rewards on each host rank. 0: one for every eight cores that it may use, from 1 to 8.", minimum=0)
+        0, "Worker processes for rewards on each host rank. 0: one for every four cores that it may use, from 1 to 8.", minimum=0)
     reward_concurrency: int = option(64, "Calls of an async reward (remote_rm is one) at a time on each host rank at most.", minimum=1)
     reward_memory_limit_gb: float = option(
         4.0, "Memory (GiB) that a reward worker may write to; beyond it the sample counts as failed. 0: no limit.", minimum=0.0)

@@ -174,7 +174,7 @@ class RewardPool:
 
 def by_cores() -> int:
     """Workers where their number is not given: the host's loop, engines and data loading need cores too."""
-    return min(max(len(os.sched_getaffinity(0)) // 8, 1), 8)
+    return min(max(len(os.sched_getaffinity(0)) // 4, 1), 8)
 
 
 def _text_alone(sample: Sample) -> Sample:

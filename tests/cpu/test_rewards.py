@@ -348,7 +348,7 @@ def test_a_worker_that_does_not_come_up_again_ends_the_run(use: Callable[..., No
     use(body, reward_workers=1)
 
 
-@pytest.mark.parametrize(("cores", "workers"), [(1, 1), (2, 1), (15, 1), (16, 2), (64, 8), (256, 8)])
+@pytest.mark.parametrize(("cores", "workers"), [(1, 1), (2, 1), (7, 1), (16, 4), (32, 8), (256, 8)])
 def test_workers_by_cores(cores: int, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
     pool = RewardPool(Config())
