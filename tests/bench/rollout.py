@@ -270,7 +270,9 @@ def bare_socket(folder: Path, tokens: int, *pace: float) -> Iterator[Any]:
 
 # ---------------------------------------------------------------- latency
 
-SECONDS, DELAY_S = 8.0, 0.1
+DELAY_S = 0.1
+SECONDS = {128: 8.0, 8192: 30.0}
+"""Tokens a response -> how long a case takes: two thousand requests and more, of which a hundredth is still some."""
 ENDINGS = (("each after a time of its own", 0.5), ("a group's all at once", 0.0))
 """How the answers to a group come, and the engine's `spread`. Responses differ in length; they end together when the limit cuts them all."""
 
@@ -303,10 +305,10 @@ def _tail(seconds: Iterable[float]) -> str:
     return f"{statistics.median(seconds) * 1e3:.1f} and {_p99(seconds):.1f}"
 
 
-def moments(rate: float) -> Iterator[float]:
+def moments(tokens: int, rate: float) -> Iterator[float]:
     """When prompts come, in seconds from the beginning."""
     draw, at = random.Random(0), 0.0
-    while at < SECONDS:
+    while at < SECONDS[tokens]:
         at += draw.expovariate(rate / GROUP)
         yield at
 
@@ -332,7 +334,7 @@ async def added_s(folder: Path, tokens: int, rate: float, spread: float) -> tupl
             made.update({s.index: now for s in group})
             return await h.cluster.run_group(group, h.sampling, False)
         begun, tasks = time.monotonic(), []
-        for at in moments(rate):
+        for at in moments(tokens, rate):
             await asyncio.sleep(max(0.0, begun + at - time.monotonic()))
             tasks.append(asyncio.create_task(one()))
         await asyncio.gather(*tasks)        # as a controller does, they keep their samples until all are there
@@ -370,7 +372,7 @@ def paced(folder: Path, tokens: int, rate: float, spread: float) -> tuple[list[f
                     there.append(came - at)
                     back.append(now - went)
         begun, number = time.monotonic(), 0
-        for at in moments(rate):
+        for at in moments(tokens, rate):
             while (left := begun + at - time.monotonic()) > 0:
                 if router.poll(left * 1e3):
                     receive()
