@@ -2,8 +2,8 @@
 
 They speak the real messages over the real unix socket. Each request is answered with TOKENS tokens, RATE a second over all engines (0: as
 fast as it goes), and not before a time of its own, DELAY_S · (1 ± SPREAD), evenly drawn. An answer begins with the last two tokens of its
-prompt, and where its first four logprobs would be it has the times when its request came and when it was answered (`times`): before its
-text is made, one after the other, as an engine does when a step has ended several responses. But engines do it each in its own rank.
+prompt, and where its first four logprobs would be it has the times when its request came and when it went (`times`). Its text is
+that of FOLDER/texts/TOKENS.txt: engines make theirs each in its own rank, and here one process would take the time of eight.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Sequence
+from pathlib import Path
 
 import zmq
 
-from rlmono.engine.text import OutputTexts
 from rlmono.world.channel import HostLink
 from rlmono.world.messages import EndPhase, Generate, Output, in_parts
 
@@ -33,11 +33,11 @@ def main(folder: str, address: str, engines: int, tokens: int, rate: float, dela
     links = [HostLink(address, rank) for rank in range(engines)]
     draw, poller = random.Random(0), zmq.Poller()
     ids, log_probs = array("i", answer(tokens)), array("f", [-draw.random() for _ in range(tokens)])
-    texts = ready_texts(folder)
+    text = (Path(folder) / "texts" / f"{tokens}.txt").read_bytes().decode()
 
     def answered(request: Generate, came: float, went: float) -> Output:
         ids[:2], log_probs[:4] = array("i", request.input_ids[-2:]), array("f", [*in_two(came), *in_two(went)])
-        return Output(request.rid, ids.tobytes(), log_probs.tobytes(), "length", 1, text=texts.of(ids))
+        return Output(request.rid, ids.tobytes(), log_probs.tobytes(), "length", 1, text=text)
     by_socket = {link.socket: link for link in links}
     for link in links:
         poller.register(link.socket, zmq.POLLIN)
@@ -71,16 +71,6 @@ def main(folder: str, address: str, engines: int, tokens: int, rate: float, dela
             went = time.monotonic()
             for part in in_parts(answered(*a, went) for a in answers):
                 link.send(part)
-
-
-def ready_texts(folder: str, timeout_s: float = 60.0) -> OutputTexts:
-    """With the tokenizer read: no text is left to the host."""
-    texts, ends = OutputTexts(folder, skip_special_tokens=False), time.monotonic() + timeout_s
-    while texts.of([0]) is None:
-        if time.monotonic() > ends:
-            raise TimeoutError(f"the tokenizer of {folder} was not read within {timeout_s:g} s, or has no table of bytes")
-        time.sleep(0.05)
-    return texts
 
 
 def in_two(time_s: float) -> tuple[float, float]:

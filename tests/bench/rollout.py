@@ -55,6 +55,7 @@ def main() -> int:
     for part in parts:
         with tempfile.TemporaryDirectory() as tmp:
             make_tokenizer(Path(tmp))
+            make_texts(Path(tmp))
             made = [f | {"command": f"{COMMAND} {part}", "machine": machine} for f in makers[part](Path(tmp))]
         for f in made:
             mark = "      " if figures.met(f) else "MISSED"
@@ -172,6 +173,17 @@ def make_tokenizer(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({"model_type": "qwen3", "eos_token_id": 0}))
 
 
+def make_texts(folder: Path) -> None:
+    """What the stand-ins say."""
+    import engines
+
+    from rlmono.data.tokenizer import Tokenizer
+    tokenizer = Tokenizer(str(folder))
+    (folder / "texts").mkdir()
+    for n in LOADS:
+        (folder / "texts" / f"{n}.txt").write_bytes(tokenizer.decode(engines.answer(n), True).encode())
+
+
 # ---------------------------------------------------------------- carry
 
 def carry(tmp: Path) -> list[dict[str, Any]]:
@@ -259,8 +271,8 @@ def bare_socket(folder: Path, tokens: int, *pace: float) -> Iterator[Any]:
 # ---------------------------------------------------------------- latency
 
 DELAY_S = 0.1
-SECONDS = {128: 8.0, 8192: 25.0}
-"""Tokens a response -> how long a case takes: of nearly two thousand requests and more a hundredth is still some."""
+SECONDS = {128: 8.0, 8192: 30.0}
+"""Tokens a response -> how long a case takes: two thousand requests and more, of which a hundredth is still some."""
 ENDINGS = (("each after a time of its own", 0.5), ("a group's all at once", 0.0))
 """How the answers to a group come, and the engine's `spread`. Responses differ in length; they end together when the limit cuts them all."""
 
