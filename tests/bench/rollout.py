@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from array import array
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,11 +57,10 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as tmp:
             make_tokenizer(Path(tmp))
             make_texts(Path(tmp))
-            made = [f | {"command": f"{COMMAND} {part}", "machine": machine} for f in makers[part](Path(tmp))]
-        for f in made:
-            mark = "      " if figures.met(f) else "MISSED"
-            print(f"{mark} {f['name']}: {f['value']:.4g} {f['unit']}  {f['target']}  ({f['reference']}; {f.get('note', '')})", flush=True)
-        found += made
+            for f in makers[part](Path(tmp)):
+                mark = "      " if figures.met(f) else "MISSED"
+                print(f"{mark} {f['name']}: {f['value']:.4g} {f['unit']}  {f['target']}  ({f['reference']}; {f.get('note', '')})", flush=True)
+                found.append(f | {"command": f"{COMMAND} {part}", "machine": machine})
     figures.write("rollout", sorted(kept + found, key=lambda f: f["command"]))
     print(f"load of the machine at the end: {os.getloadavg()[0]:.1f}")
     return 0 if all(map(figures.met, found)) else 1
@@ -186,19 +186,17 @@ def make_texts(folder: Path) -> None:
 
 # ---------------------------------------------------------------- carry
 
-def carry(tmp: Path) -> list[dict[str, Any]]:
+def carry(tmp: Path) -> Iterator[dict[str, Any]]:
     """Engines that answer at 1.5 times the load that a host must carry: what it finishes is its own limit, or theirs."""
-    out = []
     for tokens, load in LOADS.items():
         size = f"{tokens}-token responses"
         bare = echoed(tmp, tokens, load * 3)
-        out.append(figure(f"a bare loop over the same socket, {size}", bare, "requests/s", "", "a ceiling of the messages and the engines' process"))
+        yield figure(f"a bare loop over the same socket, {size}", bare, "requests/s", "", "a ceiling of the messages and the engines' process")
         for rewards in (True, False):
             rate, cpu = asyncio.run(carried(tmp, tokens, load * 1.5, rewards, load // 4))
             what = "rewarded in a worker" if rewards else "without rewards"
-            out.append(figure(f"finished, {size}, {what}", rate, "requests/s", f">= {load}", f"a bare loop in the same run: {bare:.0f}/s",
-                              f"engines answer {load * 1.5:g}/s; the loop takes {cpu * 1e6:.0f} µs a request, so {1 / cpu:.0f}/s of a core"))
-    return out
+            yield figure(f"finished, {size}, {what}", rate, "requests/s", f">= {load}", f"a bare loop in the same run: {bare:.0f}/s",
+                         f"engines answer {load * 1.5:g}/s; the loop takes {cpu * 1e6:.0f} µs a request, so {1 / cpu:.0f}/s of a core")
 
 
 async def carried(folder: Path, tokens: int, rate: float, rewards: bool, groups: int) -> tuple[float, float]:
@@ -277,23 +275,38 @@ ENDINGS = (("each after a time of its own", 0.5), ("a group's all at once", 0.0)
 """How the answers to a group come, and the engine's `spread`. Responses differ in length; they end together when the limit cuts them all."""
 
 
-def latency(tmp: Path) -> list[dict[str, Any]]:
+def latency(tmp: Path) -> Iterator[dict[str, Any]]:
     """Prompts come one by one, at random moments, each with a group's requests. What a request takes beyond its engine's time, in three parts:
     from when it is made to when its engine has it; from when that has its answer to when the generate function has it; and from there to the
     sample with its text and reward. Held against a loop that sends and receives the same messages at the same moments, and does nothing else."""
-    out = []
     for tokens, load in LOADS.items():
+        yield figure(f"an engine makes the text of a response of {tokens} tokens, median", text_s(tmp, tokens) * 1e3, "ms", "",
+                     "before it sends the answer, and in its own rank; stand-ins have theirs")
         for how, spread in ENDINGS:
             bare = paced(tmp, tokens, load / 2, spread)
             floor = f"there {_tail(bare[0])}, back {_tail(bare[1])}, both {_tail(map(sum, zip(*bare, strict=True)))} ms"
             parts = asyncio.run(added_s(tmp, tokens, load / 2, spread))
             whole = [sum(p) for p in zip(*parts, strict=True)]
             there, back, rewarded = map(_tail, parts)
-            out.append(figure(f"added to a request of {tokens} tokens, {how}, p99", _p99(whole), "ms", "<= 5",
-                              f"a bare loop in the same run, median and p99: {floor}",
-                              f"{load // 2} requests a second in groups of {GROUP}; median and p99: whole {_tail(whole)}, to the engine {there}, "
-                              f"the answer {back}, reward {rewarded} ms; {len(whole)} requests"))
-    return out
+            yield figure(f"added to a request of {tokens} tokens, {how}, p99", _p99(whole), "ms", "<= 5",
+                         f"a bare loop in the same run, median and p99: {floor}",
+                         f"{load // 2} requests a second in groups of {GROUP}; median and p99: whole {_tail(whole)}, to the engine {there}, "
+                         f"the answer {back}, reward {rewarded} ms; {len(whole)} requests")
+
+
+def text_s(folder: Path, tokens: int) -> float:
+    """The median of 200, with a pause before each, as an engine has between responses."""
+    import engines
+
+    from rlmono.data.tokenizer import Tokenizer
+    table, ids, took = Tokenizer(str(folder)).byte_table, array("i", engines.answer(tokens)), []
+    assert table is not None
+    for _ in range(200):
+        time.sleep(0.005)
+        begun = time.perf_counter()
+        table.decode(ids, False)
+        took.append(time.perf_counter() - begun)
+    return statistics.median(took)
 
 
 def _p99(seconds: Iterable[float]) -> float:
@@ -388,16 +401,16 @@ def paced(folder: Path, tokens: int, rate: float, spread: float) -> tuple[list[f
 
 # ---------------------------------------------------------------- exact
 
-def exact(tmp: Path) -> list[dict[str, Any]]:
+def exact(tmp: Path) -> Iterator[dict[str, Any]]:
     requests = 200_000
     lost, strays, memory = asyncio.run(counted(tmp, requests))
     warm = memory[len(memory) // 4:]
     spread = max(abs(m / statistics.median(warm) - 1) for m in warm) * 100
-    return [figure(f"of {requests:,} requests answered out of order: lost, doubled or with another's answer", lost, "samples", "<= 0",
-                   "each sample names its request"),
-            figure("answers that nobody waited for", strays, "answers", "<= 0", "each request is answered once"),
-            figure("memory of the host after the first quarter: largest difference from its median", spread, "%", "<= 5",
-                   f"{statistics.median(warm) / 2**20:.0f} MiB resident", f"from {memory[0] / 2**20:.0f} MiB after the first rollout")]
+    yield figure(f"of {requests:,} requests answered out of order: lost, doubled or with another's answer", lost, "samples", "<= 0",
+                 "each sample names its request")
+    yield figure("answers that nobody waited for", strays, "answers", "<= 0", "each request is answered once")
+    yield figure("memory of the host after the first quarter: largest difference from its median", spread, "%", "<= 5",
+                 f"{statistics.median(warm) / 2**20:.0f} MiB resident", f"from {memory[0] / 2**20:.0f} MiB after the first rollout")
 
 
 async def counted(folder: Path, requests: int) -> tuple[int, int, list[int]]:
@@ -422,7 +435,7 @@ CONCURRENCY, LENGTHS = 16, [16 + 12 * (i // GROUP % 3) for i in range(3 * GROUP)
 STOLEN = 0.02
 
 
-def engine(tmp: Path) -> list[dict[str, Any]]:
+def engine(tmp: Path) -> Iterator[dict[str, Any]]:
     """The host, with rewards, against a loop that hands SGLang its own requests and counts its outputs: pairs of phases, in one process, so
     short that what else the machine does meanwhile falls on both of a pair. The first pair warms up; those in which a hypervisor took more than
     a fiftieth of a core away do not count. A step of the small model takes a CPU as long as a large one's takes a GPU, a few tens of
@@ -432,18 +445,16 @@ def engine(tmp: Path) -> list[dict[str, Any]]:
     from rlmono.quickstart import write_model
     random_model.main("tiny", tmp / "small")
     write_model(tmp / "quickstart" / "model", 0)
-    out = []
     for name, (shape, pairs) in MODELS.items():
         found = [rates for *rates, stolen in asyncio.run(phases(tmp / name / "model", pairs))[1:] if stolen <= STOLEN]
         if len(found) < 20:
             raise SystemExit(f"the hypervisor left {len(found)} of {pairs - 1} pairs alone: measure again on a quieter machine")
         costs, bare = sorted((1 - s / b) * 100 for s, b in found), [b for _, b in found]
-        out.append(figure(f"the host's share of tokens/s, {name} model on CPU", statistics.median(costs), "%", "<= 5" if name == "small" else "",
-                          f"a bare loop over the same scheduler: {statistics.median(bare):.0f} tokens/s ({min(bare):.0f} to {max(bare):.0f})",
-                          f"{shape}; {len(LENGTHS)} requests of {PROMPT} + {min(LENGTHS)} to {max(LENGTHS)} tokens, {CONCURRENCY} at a time; "
-                          f"median of {len(costs)} pairs, by their order surely (95 %) between {_rank(costs, -1):.1f} and {_rank(costs, 1):.1f}; "
-                          f"half of them from {costs[len(costs) // 4]:.1f} to {costs[-len(costs) // 4]:.1f}"))
-    return out
+        yield figure(f"the host's share of tokens/s, {name} model on CPU", statistics.median(costs), "%", "<= 5" if name == "small" else "",
+                     f"a bare loop over the same scheduler: {statistics.median(bare):.0f} tokens/s ({min(bare):.0f} to {max(bare):.0f})",
+                     f"{shape}; {len(LENGTHS)} requests of {PROMPT} + {min(LENGTHS)} to {max(LENGTHS)} tokens, {CONCURRENCY} at a time; "
+                     f"median of {len(costs)} pairs, by their order surely (95 %) between {_rank(costs, -1):.1f} and {_rank(costs, 1):.1f}; "
+                     f"half of them from {costs[len(costs) // 4]:.1f} to {costs[-len(costs) // 4]:.1f}")
 
 
 def _rank(ordered: Sequence[float], side: int) -> float:
