@@ -70,6 +70,11 @@ class Sample(_Stored):
             except ValueError as e:
                 raise ValueError(f"{name} are {e}") from None
 
+    def to_dict(self) -> dict[str, Any]:
+        """What is not left at its default, in types that JSON knows: the numbers as lists."""
+        values = msgspec.to_builtins(self)
+        return values | {name: getattr(Sample, name).peek(self) for name in NUMBERS if name in values}      # type: ignore[no-any-return]
+
     def get_reward_value(self, args: Any) -> float:
         """The reward as a number: itself, or the entry of its `reward_key`, else of `--reward-key`."""
         value = self.reward[self.reward_key or args.reward_key] if isinstance(self.reward, dict) else self.reward

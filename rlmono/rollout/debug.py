@@ -29,7 +29,7 @@ def save_rollout(template: str, rollout_id: int, groups: Sequence[Group], decode
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
         for sample in itertools.chain.from_iterable(groups):
-            file.write(msgspec.json.encode(msgspec.to_builtins(sample) | parts_of(sample, decode)) + b"\n")
+            file.write(msgspec.json.encode(sample.to_dict() | parts_of(sample, decode)) + b"\n")
     os.replace(temporary, path)
     return path
 
@@ -44,12 +44,11 @@ def load_rollout(path: Path, config: Config) -> list[Group]:
 
 
 def _read(path: Path, config: Config) -> Iterator[Sample]:
-    decoder = msgspec.json.Decoder(Sample)
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 try:
-                    sample = decoder.decode(line)
+                    sample = msgspec.convert(msgspec.json.decode(line), Sample, builtin_types=(bytes,))     # no text is read as bytes
                     _check(sample, config)
                 except (msgspec.DecodeError, ValueError) as error:
                     raise DataError(f"{path}:{number}: is no sample of --save-debug-rollout-data to train on: {error}") from error

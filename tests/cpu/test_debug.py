@@ -58,7 +58,7 @@ def test_saved_samples_come_back_bit_for_bit(tmp_path: Path) -> None:
     (lambda s: s.update(rollout_log_probs=[0.1]), "rollout_log_probs has 1 entries"),
     (lambda s: s["tokens"].append(128), "token 128 is not in the model's vocabulary of 128: another model made it"),
     (lambda s: s.update(response_length=0), "it has 7 tokens, 0 of them of a response"),
-    (lambda s: s.update(tokens="x"), "Expected `array`, got `str`"),
+    (lambda s: s.update(tokens="x"), "Expected `bytes | array`, got `str`"),
 ])
 def test_a_sample_that_cannot_be_trained_on_is_named(tmp_path: Path, edit: Callable[[dict[str, Any]], Any], problem: str) -> None:
     path = save_rollout(f"{tmp_path}/{{rollout_id}}.jsonl", 0, samples(), decode)

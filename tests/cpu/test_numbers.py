@@ -40,6 +40,14 @@ def test_who_reads_gets_lists_and_who_sends_or_counts_makes_none() -> None:
     assert again == s and kept_as_bytes(again) == [False] * 3
 
 
+def test_a_file_has_lists_and_the_sample_keeps_its_bytes() -> None:
+    s = packed(metadata={"a": 1})
+    assert s.to_dict() == {"index": 1, "tokens": IDS, "response_length": 4, "rollout_log_probs": LOG_PROBS, "weight_versions": VERSIONS,
+                           "metadata": {"a": 1}}
+    assert kept_as_bytes(s) == [True] * 3 and msgspec.json.decode(msgspec.json.encode(s.to_dict()), type=Sample) == s
+    assert Sample(index=2).to_dict() == {"index": 2}
+
+
 def test_a_list_that_was_read_may_be_changed_in_place_and_a_copy_stays_as_it_was() -> None:
     s = packed()
     other = copy.copy(s)
