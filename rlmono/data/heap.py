@@ -12,8 +12,8 @@ KEPT, LARGEST = 64 << 20, 32 << 20
 
 
 def keep_freed_memory() -> None:
-    """By default glibc gives freed messages of long samples back to the kernel at once, which clears every page anew for the next: a third of
-    what such a message costs. Elsewhere than in glibc nothing changes."""
+    """By default glibc gives freed messages of long samples back to the kernel, which clears every page anew for the next: a quarter of what
+    such a message costs. The thresholds are those that it may come to by itself. Elsewhere than in glibc nothing changes."""
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):
         log.debug("no mallopt in this C library: freed memory goes back as it does by default")

@@ -10,18 +10,17 @@ import itertools
 import struct
 from array import array
 from collections.abc import Sequence
-from typing import Any, Generic, Literal, Self, TypeVar, Union, overload
+from typing import Any, Generic, Literal, Self, TypeVar, overload
 
 Kind = Literal["i", "f"]
-Stored = Union[None, Sequence[Any], bytes]
 L = TypeVar("L")
 
 
 class Listed(Generic[L]):
     """A field of a struct which is read as a list, `stored` as that list or as its bytes, and which may be None.
 
-    Who reads it makes the list, which then is what is stored: it may be changed in place. Encoders, `msgspec.structs.asdict` and copies take
-    what is stored. What is made here is new: a copy's list is never changed.
+    Who reads it makes the list, which then is what is stored: it may be changed in place, and copies share it as they do any attribute.
+    Encoders and `msgspec.structs.asdict` take what is stored. The methods never change a list: what they store is new.
     """
 
     def __init__(self, kind: Kind, stored: Any, size: int = 4):
@@ -46,7 +45,7 @@ class Listed(Generic[L]):
 
     def bytes_of(self, owner: object) -> bytes:
         """None has none. Raises ValueError for what is no such number."""
-        stored: Stored = self._field.__get__(owner)
+        stored = self._field.__get__(owner)
         return stored if isinstance(stored, bytes) else b"" if stored is None else self._bytes(stored)
 
     def peek(self, owner: object) -> L:
@@ -59,19 +58,22 @@ class Listed(Generic[L]):
         return memoryview(self.bytes_of(owner)).cast(self._kind)
 
     def count(self, owner: object) -> int:
-        """How many there are."""
-        stored: Stored = self._field.__get__(owner)
+        """How many there are; of None 0."""
+        stored = self._field.__get__(owner)
         return self._count(stored) if isinstance(stored, bytes) else 0 if stored is None else len(stored)
+
+    def is_none(self, owner: object) -> bool:
+        return self._field.__get__(owner) is None
 
     def check(self, owner: object) -> None:
         """Raises ValueError for bytes that are not whole numbers: for `__post_init__`, so that no message with them is taken."""
-        stored: Stored = self._field.__get__(owner)
+        stored = self._field.__get__(owner)
         if isinstance(stored, bytes) and len(stored) % self._size:
             raise ValueError(f"{len(stored)} bytes are not whole numbers of {self._size}")
 
     def pack(self, owner: object) -> None:
         """Keep the bytes from here on. Raises ValueError for what is no such number."""
-        if self._field.__get__(owner) is not None:
+        if not self.is_none(owner):
             self._field.__set__(owner, self.bytes_of(owner))
 
     def extend(self, owner: object, numbers: Sequence[Any] | bytes) -> None:
@@ -82,7 +84,7 @@ class Listed(Generic[L]):
         return to_bytes(self._kind, numbers)
 
     def _list(self, data: bytes) -> Any:
-        return from_bytes(self._kind, data)
+        return memoryview(data).cast(self._kind).tolist()
 
     def _count(self, data: bytes) -> int:
         return len(data) // self._size
@@ -101,6 +103,12 @@ class Runs(Listed[L]):
             data, times = data[:-8], times + last[1]
         self._field.__set__(owner, data + to_bytes("i", [number, times] if times else []))
 
+    def check(self, owner: object) -> None:
+        super().check(owner)
+        stored = self._field.__get__(owner)
+        if isinstance(stored, bytes) and any(times < 1 for times in memoryview(stored).cast("i")[1::2]):
+            raise ValueError("a run comes less than once")
+
     def view(self, owner: object) -> memoryview[Any]:
         return memoryview(self._whole(self.bytes_of(owner)))
 
@@ -111,7 +119,8 @@ class Runs(Listed[L]):
         return numbers
 
     def _bytes(self, numbers: Sequence[Any]) -> bytes:
-        return to_bytes("i", [x for number, run in itertools.groupby(numbers) for x in (number, len(list(run)))])
+        whole = memoryview(to_bytes("i", numbers)).cast("i")
+        return to_bytes("i", [x for number, run in itertools.groupby(whole) for x in (number, len(list(run)))])
 
     def _list(self, data: bytes) -> list[int]:
         return self._whole(data).tolist()
@@ -130,10 +139,3 @@ def to_bytes(kind: Kind, numbers: Sequence[Any]) -> bytes:
         return struct.pack(f"{len(numbers)}{kind}", *numbers)       # `array` and numpy take more than twice as long
     except (struct.error, TypeError) as e:
         raise ValueError(f"not all {'whole numbers of 32 bits' if kind == 'i' else 'numbers of fp32'}: {e}") from None
-
-
-def from_bytes(kind: Kind, data: bytes) -> list[Any]:
-    """Raises ValueError for bytes that are not whole numbers."""
-    numbers = array(kind)
-    numbers.frombytes(data)
-    return numbers.tolist()

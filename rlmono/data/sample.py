@@ -59,21 +59,27 @@ class Sample(_Stored):
     weight_versions = Runs[Optional[list[int]]](_Stored.weight_versions)
 
     def __post_init__(self) -> None:
-        for name in NUMBERS:
-            getattr(Sample, name).check(self)
+        for listed in NUMBERS.values():
+            listed.check(self)
 
     def pack(self) -> None:
         """Keep the numbers as bytes from here on. Raises ValueError that names what cannot be."""
-        for name in NUMBERS:
+        for name, listed in NUMBERS.items():
             try:
-                getattr(Sample, name).pack(self)
+                listed.pack(self)
             except ValueError as e:
                 raise ValueError(f"{name} are {e}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """What is not left at its default, in types that JSON knows: the numbers as lists."""
-        values = msgspec.to_builtins(self)
-        return values | {name: getattr(Sample, name).peek(self) for name in NUMBERS if name in values}      # type: ignore[no-any-return]
+        """What is not left at its default, in types that JSON knows: the numbers as lists. Raises ValueError for what is no such number."""
+        sample = msgspec.structs.replace(self)
+        sample.pack()
+        return msgspec.to_builtins(sample._with_lists())      # type: ignore[no-any-return]
+
+    def _with_lists(self) -> Sample:
+        for name in NUMBERS:
+            getattr(self, name)
+        return self
 
     def get_reward_value(self, args: Any) -> float:
         """The reward as a number: itself, or the entry of its `reward_key`, else of `--reward-key`."""
@@ -102,11 +108,11 @@ class Sample(_Stored):
         return [1] * self.response_length if self.loss_mask is None else self.loss_mask
 
     def __eq__(self, other: object) -> bool:
-        for sample in (self, other):
-            for name in NUMBERS if isinstance(sample, Sample) else ():
-                getattr(sample, name)       # as lists
-        return super().__eq__(other)
+        return _Stored.__eq__(self._with_lists(), other._with_lists()) if isinstance(other, Sample) else NotImplemented
+
+    def __repr__(self) -> str:
+        return _Stored.__repr__(msgspec.structs.replace(self)._with_lists())
 
 
-NUMBERS = ("tokens", "rollout_log_probs", "weight_versions")
+NUMBERS: dict[str, Listed[Any]] = {"tokens": Sample.tokens, "rollout_log_probs": Sample.rollout_log_probs, "weight_versions": Sample.weight_versions}
 Group = list[Sample]

@@ -245,7 +245,7 @@ class _Traffic:
         ids, log_probs = ids[:n], log_probs[:n]
         text = None if self.texts is None else self.texts.of(ids)
         return Output(rid, ids.tobytes(), log_probs.tobytes(), reason["type"], self._engine.weight_version, batch.cached_tokens[i],
-                            _refusal(reason), text)
+                      _refusal(reason), text)
 
 
 def _nothing(rid: str, version: int, error: str) -> Output:

@@ -49,7 +49,7 @@ def _filled(step: list[TrainSample], multiple: int) -> list[TrainSample]:
 def _train_sample(config: Config, index: int, s: Sample) -> TrainSample:
     mask = b"\1" * s.response_length if s.loss_mask is None else np.asarray(s.loss_mask, np.uint8).tobytes()
     log_probs = Sample.rollout_log_probs.bytes_of(s)
-    if len(mask) != s.response_length or (log_probs and len(log_probs) != s.response_length * FLOAT_BYTES):
+    if len(mask) != s.response_length or (len(log_probs) != s.response_length * FLOAT_BYTES and s.rollout_log_probs is not None):
         raise ValueError(f"sample {s.index}: a response of {s.response_length} tokens with {len(mask)} mask entries and "
                          f"{len(log_probs) // FLOAT_BYTES} logprobs")
     return TrainSample(index, s.group_index, 0.0 if config.loss_type == "sft" else training_reward(config, s),

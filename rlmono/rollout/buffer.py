@@ -119,7 +119,9 @@ def weight_version(config: Config, rollout_id: int) -> int:
 
 def copy_prompt(group: Group) -> Group:
     """The group as it is now; a generate function may write into the original."""
-    return [msgspec.structs.replace(s, tokens=list(s.tokens), metadata=dict(s.metadata)) for s in group]
+    for sample in group:
+        sample.pack()       # lists would be one for both
+    return [msgspec.structs.replace(s, metadata=dict(s.metadata)) for s in group]
 
 
 def restart(sample: Sample) -> Sample:

@@ -16,7 +16,7 @@ from typing import Any, Optional
 
 from rlmono.checkpoint.store import CheckpointStore
 from rlmono.config.schema import Config
-from rlmono.data.sample import Group
+from rlmono.data.sample import Group, Sample
 from rlmono.observe.metrics import MetricsLog
 from rlmono.observe.phases import write_timeline
 from rlmono.observe.progress import Progress
@@ -190,7 +190,7 @@ class Controller:
 
     def _write_hashes(self, rollout_id: int, groups: list[Group]) -> None:
         """What a resumed run is compared by: every sampled token of the rollout, in order."""
-        tokens = [[s.group_index, s.index, s.tokens, s.rollout_log_probs] for g in groups for s in g]
+        tokens = [[s.group_index, s.index, Sample.tokens.peek(s), Sample.rollout_log_probs.peek(s)] for g in groups for s in g]
         digest = hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
         with open(self.run_dir / "hashes.jsonl", "a") as f:
             f.write(json.dumps({"rollout_id": rollout_id, "samples": digest, "data": self.prompts.state(rollout_id + 1)}) + "\n")

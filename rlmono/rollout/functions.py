@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from rlmono.config.schema import Config
-from rlmono.data.sample import ABORTED, COMPLETED, FAILED, PENDING, TRUNCATED, Sample
+from rlmono.data.sample import ABORTED, COMPLETED, FAILED, NUMBERS, PENDING, TRUNCATED, Sample
 from rlmono.rewards.load import LoadError, load_function
 from rlmono.rollout.engines import EngineFault
 from rlmono.rollout.generate import GenerateState, as_dict, context_length, generate
@@ -73,7 +73,7 @@ def adapted(function: Callable[..., Any], path: str) -> Function:
 
 async def make_samples(function: Function, config: Config, sample: Sample, sampling: Sampling, state: GenerateState) -> list[Sample]:
     """One call: the samples that it returned, checked. Raises SampleFailed."""
-    if not sample.tokens:
+    if not sample.length:
         raise SampleFailed("prompt_empty", "the prompt tokenises to nothing")
     if sample.prompt_length >= context_length(config):
         raise SampleFailed("prompt_too_long", f"the prompt has {sample.prompt_length} tokens, and the context ends at {context_length(config)}; "
@@ -100,7 +100,9 @@ async def make_samples(function: Function, config: Config, sample: Sample, sampl
         raise SampleFailed("generate_error", f"{type(e).__name__}: {e}") from e
     try:
         return checked(config, sample, made)
-    except (TypeError, ValueError, AttributeError, OverflowError) as e:     # fields of other types
+    except SampleFailed:
+        raise
+    except Exception as e:      # fields of other types
         raise SampleFailed("generate_invalid", f"the generate function returned a sample whose fields cannot be read: {e}") from e
 
 
@@ -125,7 +127,7 @@ def checked(config: Config, given: Sample, made: Any) -> list[Sample]:
             s.loss_mask = s.loss_mask.tolist()
         if problem := _problem(config, s):
             raise SampleFailed("generate_invalid", f"the generate function returned a sample {problem}")
-        if s.loss_mask is not None and set(map(type, s.loss_mask)) != {int}:       # True, 1.0
+        if s.loss_mask is not None and (type(s.loss_mask) is not list or set(map(type, s.loss_mask)) - {int}):       # True, 1.0; a tuple
             s.loss_mask = list(map(int, s.loss_mask))
         if s.status == PENDING:
             s.status = COMPLETED
@@ -149,12 +151,13 @@ def _problem(config: Config, s: Sample) -> str:
         return f"whose {e}"
     if np.frombuffer(Sample.tokens.bytes_of(s), np.uint32).max() >= config.model["vocab_size"]:      # below 0 is far above
         return f"whose tokens are not all ids from 0 to {config.model['vocab_size'] - 1}"
-    written = {"rollout_log_probs": Sample.rollout_log_probs.count(s), "weight_versions": Sample.weight_versions.count(s),
-               "loss_mask": n if s.loss_mask is None else len(s.loss_mask)}
-    if n and not written["rollout_log_probs"]:
+    written = {name: NUMBERS[name].count(s) for name in ("rollout_log_probs", "weight_versions") if not NUMBERS[name].is_none(s)}
+    if s.loss_mask is not None:
+        written["loss_mask"] = len(s.loss_mask)
+    if n and "rollout_log_probs" not in written:
         return "without rollout_log_probs: the engine's for what the model wrote, 0 for other tokens"
     for name, count in written.items():
-        if count != n and (count or name == "loss_mask"):
+        if count != n:
             return f"with {count} {name} for a response of {n} tokens"
     if not np.isfinite(np.frombuffer(Sample.rollout_log_probs.bytes_of(s), np.float32)).all():
         return "with rollout_log_probs that are no finite numbers of fp32"

@@ -99,7 +99,7 @@ class GenerateState:
         """Append messages that others wrote (a tool's, the user's; all of them at once) as the chat template renders them after an answer,
         with mask 0, up to where the next answer begins. False, and the sample is truncated, when they leave the model no room."""
         prompt = [{"role": "user", "content": sample.prompt}] if isinstance(sample.prompt, str) else sample.prompt
-        return self._append(sample, self.tokenizer.continuation(sample.tokens, prompt, messages, sample.tools))
+        return self._append(sample, self.tokenizer.continuation(Sample.tokens.peek(sample), prompt, messages, sample.tools))
 
     def append_text(self, sample: Sample, text: str) -> bool:
         """Append a text that others wrote, as it is, with mask 0. False, and the sample is truncated, when it leaves the model no room."""
@@ -141,9 +141,9 @@ def append_tokens(sample: Sample, output: Output) -> None:
 
 def append_observation(sample: Sample, tokens: Sequence[int]) -> None:
     """Append tokens that the model did not write: mask 0, logprob 0, and the weight version of what stands before them."""
-    n, versions = len(tokens), Sample.weight_versions.view(sample)
-    sample.loss_mask = sample.whole_loss_mask + [0] * n
-    Sample.tokens.extend(sample, tokens)
+    n, mask, versions = len(tokens), sample.whole_loss_mask, Sample.weight_versions.view(sample)
+    Sample.tokens.extend(sample, tokens)        # or raises, before anything is changed
+    sample.loss_mask = mask + [0] * n
     Sample.rollout_log_probs.extend(sample, array("f", [0.0]) * n)
     Sample.weight_versions.repeat(sample, versions[-1] if versions else 0, n)
     sample.response_length += n

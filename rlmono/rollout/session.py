@@ -107,7 +107,7 @@ class Session:
     def _rest(self, parent: Answer, messages: list[dict[str, Any]], tools: Tools) -> list[int]:
         before = parent.messages[:-1]
         new = messages[len(parent.messages):]
-        return self._tokens(lambda: self.state.tokenizer.continuation(parent.sample.tokens, before, new, tools))
+        return self._tokens(lambda: self.state.tokenizer.continuation(Sample.tokens.peek(parent.sample), before, new, tools))
 
     def _tokens(self, render: Any) -> list[int]:
         try:
@@ -233,7 +233,7 @@ def _prompt(given: Any, vocabulary: int) -> Union[str, list[int]]:
 def _begins(prompt: Union[str, list[int]], answer: Answer) -> bool:
     if isinstance(prompt, str):
         return prompt.startswith(answer.text or "")
-    return prompt[:answer.sample.length] == answer.sample.tokens
+    return prompt[:answer.sample.length] == Sample.tokens.peek(answer.sample)
 
 
 def _over() -> RequestError:

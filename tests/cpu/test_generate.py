@@ -176,7 +176,7 @@ def test_a_group_that_cannot_be_sent_is_an_error_at_the_controller(tokenizer: To
 async def returns_arrays(args: Any, sample: Sample, sampling_params: dict[str, Any], state: Any) -> Sample:
     await state.turn(sample)
     sample.tokens, sample.rollout_log_probs = np.array(sample.tokens), np.array(sample.rollout_log_probs, np.float32)      # type: ignore[assignment]
-    sample.loss_mask, sample.weight_versions = [True] * sample.response_length, np.array(sample.weight_versions)     # type: ignore[assignment]
+    sample.loss_mask, sample.weight_versions = (True,) * sample.response_length, np.array(sample.weight_versions)     # type: ignore[assignment]
     return sample
 
 
@@ -395,7 +395,7 @@ async def misbehaves(args: Any, sample: Sample, sampling_params: Any, state: Any
     changes: dict[str, dict[str, Any]] = {
         "mask": {"loss_mask": [1]}, "strange": {"tokens": 5}, "length": {"response_length": 99},
         "log probs": {"rollout_log_probs": None}, "nan": {"rollout_log_probs": [math.nan] * 2}, "huge": {"rollout_log_probs": [-1e300] * 2},
-        "versions": {"weight_versions": [None, None]}, "table": {"rollout_log_probs": np.zeros((2, 2))},
+        "versions": {"weight_versions": [None, None]}, "no versions": {"weight_versions": []}, "table": {"rollout_log_probs": np.zeros((2, 2))},
         "ids": {"tokens": [*sample.tokens, 3, 10**6]}, "status": {"status": "great"}, "long": {"tokens": [1] * 600}, "numbers": {"loss_mask": [2, 2]}}
     await state.turn(sample)
     for name, value in changes.get(what, {}).items():
@@ -412,6 +412,7 @@ FAULTS = [("raise", "generate_error", "KeyError: 'a fault in the function'"), ("
           ("mask", "generate_invalid", "1 loss_mask for a response of 2"), ("length", "generate_invalid", "response_length 99"),
           ("log probs", "generate_invalid", "without rollout_log_probs"), ("nan", "generate_invalid", "no finite numbers"),
           ("huge", "generate_invalid", "no finite numbers of fp32"), ("versions", "generate_invalid", "not all whole numbers"),
+          ("no versions", "generate_invalid", "with 0 weight_versions for a response of 2"),
           ("table", "generate_invalid", "not all numbers of fp32"),
           ("strange", "generate_invalid", "whose fields cannot be read"),
           ("ids", "generate_invalid", "not all ids from 0 to"), ("status", "generate_invalid", "the status 'great'"),

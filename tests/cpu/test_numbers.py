@@ -45,7 +45,9 @@ def test_a_file_has_lists_and_the_sample_keeps_its_bytes() -> None:
     assert s.to_dict() == {"index": 1, "tokens": IDS, "response_length": 4, "rollout_log_probs": LOG_PROBS, "weight_versions": VERSIONS,
                            "metadata": {"a": 1}}
     assert kept_as_bytes(s) == [True] * 3 and msgspec.json.decode(msgspec.json.encode(s.to_dict()), type=Sample) == s
-    assert Sample(index=2).to_dict() == {"index": 2}
+    assert Sample(index=2).to_dict() == {"index": 2} and Sample(tokens=np.array([1, 2])).to_dict() == {"tokens": [1, 2]}
+    s.pack()
+    assert f"tokens={IDS}, " in repr(s) and f"weight_versions={VERSIONS}, " in repr(s) and kept_as_bytes(s) == [True] * 3
 
 
 def test_a_list_that_was_read_may_be_changed_in_place_and_a_copy_stays_as_it_was() -> None:
@@ -89,7 +91,9 @@ def test_runs_are_as_long_as_what_they_stand_for() -> None:
 @pytest.mark.parametrize(("field", "value", "what"), [
     ("tokens", [1.5], "whole numbers of 32 bits"), ("tokens", [2**31], "whole numbers of 32 bits"), ("tokens", [[1]], "whole numbers of 32 bits"),
     ("rollout_log_probs", ["a"], "numbers of fp32"), ("rollout_log_probs", [None], "numbers of fp32"),
-    ("weight_versions", [None], "whole numbers of 32 bits"), ("weight_versions", ["a", "a"], "whole numbers of 32 bits")])
+    ("weight_versions", [None], "whole numbers of 32 bits"), ("weight_versions", 5, "whole numbers of 32 bits"),
+    ("weight_versions", torch.zeros(2, 2, dtype=torch.int64), "whole numbers of 32 bits"), ("weight_versions", [3, 3.0], "whole numbers of 32 bits"),
+    ("weight_versions", ["a", "a"], "whole numbers of 32 bits")])
 def test_what_is_no_number_is_named(field: str, value: Any, what: str) -> None:
     s = packed()
     setattr(s, field, value)
@@ -102,3 +106,6 @@ def test_beyond_fp32_is_infinite_and_bytes_that_are_cut_short_are_refused() -> N
     for name in ("tokens", "rollout_log_probs", "weight_versions"):
         with pytest.raises(msgspec.ValidationError, match="not whole numbers"):
             msgspec.msgpack.decode(msgspec.msgpack.encode({name: bytes(7)}), type=Sample)
+    for times in (0, -3):
+        with pytest.raises(msgspec.ValidationError, match="less than once"):
+            msgspec.msgpack.decode(msgspec.msgpack.encode({"weight_versions": to_bytes("i", [5, times])}), type=Sample)
