@@ -71,14 +71,13 @@ class Sample(_Stored):
                 raise ValueError(f"{name} are {e}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """What is not left at its default, in types that JSON knows: the numbers as lists. Raises ValueError for what is no such number."""
-        sample = msgspec.structs.replace(self)
-        sample.pack()
-        return msgspec.to_builtins(sample._with_lists())      # type: ignore[no-any-return]
+        """What is not left at its default, in types that JSON knows: the numbers as lists."""
+        return msgspec.to_builtins(msgspec.structs.replace(self)._with_lists())      # type: ignore[no-any-return]
 
     def _with_lists(self) -> Sample:
         for name in NUMBERS:
-            getattr(self, name)
+            if hasattr(values := getattr(self, name), "tolist"):        # numpy's or torch's
+                setattr(self, name, values.tolist())
         return self
 
     def get_reward_value(self, args: Any) -> float:
