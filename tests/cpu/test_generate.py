@@ -21,10 +21,11 @@ from rlmono.data.sample import ABORTED, COMPLETED, FAILED, TRUNCATED, Sample
 from rlmono.data.tokenizer import Tokenizer, TokenizerError
 from rlmono.rewards.load import LoadError
 from rlmono.rollout.batch import rollout_statistics, train_batches
+from rlmono.rollout.buffer import copy_prompt
 from rlmono.rollout.cluster import Cluster
 from rlmono.rollout.failures import Failures, refuse_without_rewards
 from rlmono.rollout.filters import Verdict, check_reward_nonzero_std, judge
-from rlmono.rollout.functions import adapted
+from rlmono.rollout.functions import adapted, checked
 from rlmono.rollout.generate import as_dict, as_sampling
 from rlmono.rollout.host import serve_node
 from rlmono.rollout.sampling import eval_sampling, rollout_sampling
@@ -188,6 +189,22 @@ def test_arrays_become_lists(tokenizer: Tokenizer) -> None:
     assert {type(x) for x in (*s.tokens, *s.loss_mask, *s.weight_versions)} == {int}
     again = messages.decode(messages.encode(done))
     assert isinstance(again, GroupDone) and again.samples == done.samples
+
+
+@pytest.mark.parametrize("mask", [b"\1\0", (1, 0), [True, 0.0], np.array([1, 0])], ids=["bytes", "tuple", "list", "numpy"])
+def test_a_mask_of_any_form_becomes_a_list_that_can_be_sent(tokenizer: Tokenizer, mask: Any) -> None:
+    given = prompt(tokenizer)
+    made = Sample(tokens=[*given.tokens, 1, 2], response_length=2, rollout_log_probs=[-1.0, -2.0], loss_mask=mask)
+    [s] = checked(make_config(tokenizer), given, made)
+    assert s.loss_mask == [1, 0] and messages.decode(messages.encode(GroupDone(1, [s]))) == GroupDone(1, [s])
+
+
+def test_a_copy_of_a_prompt_stays_as_it_was(tokenizer: Tokenizer) -> None:
+    given = prompt(tokenizer)
+    before, tokens = copy_prompt([given]), list(given.tokens)
+    given.tokens.append(1)
+    given.metadata["a"] = 1
+    assert before[0].tokens == tokens and "a" not in before[0].metadata
 
 
 def test_strings_end_responses_in_rollouts_and_evaluations() -> None:
