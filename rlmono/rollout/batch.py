@@ -37,7 +37,7 @@ def train_batches(rollout_id: int, groups: Sequence[Group], steps: int, config: 
                                     for k, (n, tokens) in enumerate(totals)], rewards) for rank in range(data_parallel)]
 
 
-TOKEN_BYTES = FLOAT_BYTES = 4
+TOKEN_BYTES = 4
 FILLER = TrainSample(-1, -1, 0.0, np.zeros(2, np.int32).tobytes(), 1, np.zeros(1, np.uint8).tobytes(), np.zeros(1, np.float32).tobytes())
 """Weighs nothing: its one response token is masked out, and it is a group of its own."""
 
@@ -48,12 +48,12 @@ def _filled(step: list[TrainSample], multiple: int) -> list[TrainSample]:
 
 def _train_sample(config: Config, index: int, s: Sample) -> TrainSample:
     mask = b"\1" * s.response_length if s.loss_mask is None else np.asarray(s.loss_mask, np.uint8).tobytes()
-    log_probs = Sample.rollout_log_probs.bytes_of(s)
-    if len(mask) != s.response_length or (len(log_probs) != s.response_length * FLOAT_BYTES and s.rollout_log_probs is not None):
+    log_probs = Sample.rollout_log_probs
+    if len(mask) != s.response_length or (not log_probs.is_none(s) and log_probs.count(s) != s.response_length):
         raise ValueError(f"sample {s.index}: a response of {s.response_length} tokens with {len(mask)} mask entries and "
-                         f"{len(log_probs) // FLOAT_BYTES} logprobs")
+                         f"{log_probs.count(s)} logprobs")
     return TrainSample(index, s.group_index, 0.0 if config.loss_type == "sft" else training_reward(config, s),
-                       Sample.tokens.bytes_of(s), s.response_length, mask, log_probs)
+                       Sample.tokens.bytes_of(s), s.response_length, mask, log_probs.bytes_of(s))
 
 
 def training_reward(config: Config, s: Sample) -> float:
